@@ -1,0 +1,135 @@
+/* store.h: everything the daemon must remember, in one SQLite file (WAL, foreign keys on, synchronous=FULL).
+ *
+ * Threads. All SQL runs on the store's own two threads: a writer, which takes whatever is queued into one
+ * transaction (group commit: a callback with code 0 means the row survives a power cut), and a reader on a
+ * connection of its own. Every function here is called on the loop's thread, copies what it is given, and
+ * returns at once; callbacks run on the loop's thread, in the order of the calls of one kind. A NULL callback
+ * means: nobody waits (events, metrics). Requests that are still queued at store_close are done, and their
+ * callbacks called, before it returns.
+ *
+ * <sqlite3.h> is included by the store's and the migrations' files alone. */
+#ifndef DAEMON_STORE_H
+#define DAEMON_STORE_H
+
+#include "api/requests.h"
+#include "api/resources.h"
+#include "base/error.h"
+
+#include <uv.h>
+
+struct store;
+
+/* Opens or creates FOLDER/adderd.db, applies the migrations compiled into the binary in order, each in its
+ * transaction; ERROR_UNSUPPORTED when the file is newer than the binary. Blocking; before the loop runs. */
+int store_open(const char *folder, uv_loop_t *loop, struct store **ret_store, struct error *error);
+void store_close(struct store *store);
+
+/* error is NULL when code is 0. ERROR_NOT_FOUND: no such row. ERROR_IO: the disk is full, say. */
+typedef void (*store_written)(void *arg, int code, const struct error *error);
+
+/* ---- files ---- */
+void store_file_insert(struct store *store, const struct file_resource *file, store_written done, void *arg);
+/* Refused with ERROR_BUSY while a job that has not ended names it. */
+void store_file_delete(struct store *store, const char *id, store_written done, void *arg);
+/* file is NULL when code is not 0; valid during the call. */
+typedef void (*store_file_read)(void *arg, int code, const struct file_resource *file);
+void store_file_get(struct store *store, const char *id, store_file_read done, void *arg);
+/* items: [count], valid during the call. ERROR_NOT_FOUND when query->after names no row. */
+typedef void (*store_files_read)(void *arg, int code, const struct file_resource *items, size_t count,
+                                 bool has_more);
+void store_file_list(struct store *store, const struct list_query *query, store_files_read done, void *arg);
+/* Files whose expires_at has passed. */
+void store_file_expired(struct store *store, int64_t now, store_files_read done, void *arg);
+
+/* ---- jobs ---- */
+void store_job_insert(struct store *store, const struct job_resource *job, store_written done, void *arg);
+/* Writes the whole row. */
+void store_job_update(struct store *store, const struct job_resource *job, store_written done, void *arg);
+typedef void (*store_job_read)(void *arg, int code, const struct job_resource *job);
+void store_job_get(struct store *store, const char *id, store_job_read done, void *arg);
+typedef void (*store_jobs_read)(void *arg, int code, const struct job_resource *items, size_t count,
+                                bool has_more);
+void store_job_list(struct store *store, const struct list_query *query, store_jobs_read done, void *arg);
+
+/* The end of a job in one transaction: its row, its adapter's row (when model is not NULL), its result file's
+ * row (when result_file is not NULL) and a closing event. */
+struct adapter_row {
+    struct model_resource model;
+    char path[4096];    /* folder with the adapter, or a full model */
+    char job[ID_BYTES]; /* the job that made it */
+    int64_t step;       /* of a checkpoint; -1 for a final adapter */
+    bool full;          /* a full fine-tune's model folder */
+};
+void store_job_finish(struct store *store, const struct job_resource *job, const struct adapter_row *model,
+                      const struct file_resource *result_file, const char *message, store_written done,
+                      void *arg);
+
+/* ---- events ---- */
+/* Appends, and hands the stored event (its sequence set) to the callback once it is durable. A metrics event
+ * carries its step; a second one of the same job and step (a resumed run saying it again) replaces nothing
+ * and is dropped: then event is NULL and code 0. */
+typedef void (*store_event_written)(void *arg, int code, const struct event_resource *event);
+void store_event_append(struct store *store, const char *job, const char *level, const char *type,
+                        const char *message, const char *data, int64_t step, store_event_written done,
+                        void *arg);
+typedef void (*store_events_read)(void *arg, int code, const struct event_resource *items, size_t count,
+                                  bool has_more);
+/* query->after is an event id. */
+void store_event_list(struct store *store, const char *job, const struct list_query *query,
+                      store_events_read done, void *arg);
+/* Every metrics event of a job, in step order: for its result file. */
+void store_metrics_list(struct store *store, const char *job, store_events_read done, void *arg);
+
+/* ---- checkpoints and models ---- */
+/* The checkpoint's row and its model's row together. Replaces an earlier one of the same job and step. */
+void store_checkpoint_insert(struct store *store, const struct checkpoint_resource *checkpoint,
+                             const struct adapter_row *model, store_written done, void *arg);
+/* A checkpoint that only resumes (pause, shutdown): where the job goes on from. */
+void store_resume_point_set(struct store *store, const char *job, int64_t step, const char *path,
+                            store_written done, void *arg);
+typedef void (*store_checkpoints_read)(void *arg, int code, const struct checkpoint_resource *items,
+                                       size_t count, bool has_more);
+void store_checkpoint_list(struct store *store, const char *job, const struct list_query *query,
+                           store_checkpoints_read done, void *arg);
+/* Forget a job's checkpoints that keep_checkpoints no longer covers (model rows too). */
+void store_checkpoint_delete(struct store *store, const char *job, int64_t step, store_written done,
+                             void *arg);
+void store_model_delete(struct store *store, const char *id, store_written done, void *arg);
+
+/* ---- idempotency ---- */
+/* The answer that a POST with this key got before, scope = key id and path. Kept for 24 hours. */
+typedef void (*store_answer_read)(void *arg, int code, int status, const char *body_hash, const char *body);
+void store_answer_get(struct store *store, const char *scope, const char *key, store_answer_read done,
+                      void *arg);
+void store_answer_put(struct store *store, const char *scope, const char *key, const char *body_hash,
+                      int status, const char *body, store_written done, void *arg);
+
+/* ---- keys ---- */
+struct key_row {
+    char id[ID_BYTES]; /* "key-..." */
+    char name[128];
+    char hash[65]; /* BLAKE2b-256 of the token, hex (libsodium's crypto_generichash) */
+    int64_t created_at, revoked_at, last_used_at;
+};
+
+/* ---- start-up, and the `keys` command: blocking, before the loop runs ---- */
+/* *ret_items: free() it. Jobs that have not ended, oldest first, with what is needed to go on. */
+struct job_recovery {
+    struct job_resource job; /* job_free */
+    char resume_from[4096];  /* newest checkpoint's folder, "" = from the start */
+    int64_t resume_step;
+};
+int store_load_unfinished(struct store *store, struct job_recovery **ret_items, size_t *ret_count,
+                          struct error *error);
+int store_load_models(struct store *store, struct adapter_row **ret_items, size_t *ret_count,
+                      struct error *error);
+int store_load_keys(struct store *store, struct key_row **ret_items, size_t *ret_count, struct error *error);
+int store_key_insert(struct store *store, const struct key_row *key, struct error *error);
+int store_key_revoke(struct store *store, const char *id_or_name, int64_t now, struct error *error);
+/* Jobs that exist by status, for the metrics at start. */
+int store_count_jobs(struct store *store, int64_t ret_counts[JOB_STATUS_COUNT], struct error *error);
+
+/* A new unique id: PREFIX and 24 characters of base62 from the kernel's random source. */
+void store_new_id(const char *prefix, char ret_id[ID_BYTES]);
+
+#endif

@@ -1,0 +1,427 @@
+/* kernels.h: every operation the engine asks of a device, as one table per backend.
+ *
+ * One operation = one contract here, two implementations: kernels/cpu/X.c and kernels/cuda/X.cu. This header
+ * includes nothing of the project and knows nothing of models, files or jobs. Keep it narrow.
+ *
+ * Conventions
+ *   - Tokens of all sequences lie back to back ("ragged", no padding anywhere): T rows in all, sequence s
+ * owns rows seq_starts[s] .. seq_starts[s+1]-1 (int32, n_seqs + 1 entries, first 0, last T; host memory).
+ * Recurrent ops start each sequence from its own initial state and never look across a boundary. A batch with
+ * one document a row and a packed batch are the same thing here.
+ *   - Row-major, channels last. A `_stride` is the distance between rows in elements, so that a slice of a
+ * wider matrix (x and z inside xz, dt|B|C inside x_dbl) is passed without a copy.
+ *   - Storage types: weights are F32, BF16 or F16 as their `_type` says. Activations have the type of `act`
+ * (the CPU backend takes F32 alone and answers KERNEL_UNSUPPORTED otherwise). Norm weights, A, D, dt bias,
+ * adapters' master copies, gradients, recurrent state and every reduction are fp32 always.
+ *   - "accumulates" = adds to what is there; all other outputs are overwritten. An output pointer that is
+ * documented "or NULL" is skipped when NULL.
+ *   - An op queues work on the device's stream and returns a status; it never exits, logs or allocates. On
+ * the CPU the work is done on return. Results do not depend on the number of threads, bit for bit: reductions
+ * run in a fixed order over fixed partitions.
+ *   - Workspace: ops that need scratch proportional to the problem take it from the caller (`workspace`,
+ * whose size the sibling *_workspace function tells). */
+#ifndef KERNELS_KERNELS_H
+#define KERNELS_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum kernel_status {
+    KERNEL_OK = 0,
+    KERNEL_INVALID = -1,     /* arguments that cannot be right (a bug of the caller) */
+    KERNEL_UNSUPPORTED = -2, /* type, size or alignment this backend does not do */
+    KERNEL_NO_MEMORY = -3,
+    KERNEL_DEVICE_LOST = -4, /* sticky: every later call returns it */
+};
+
+enum kernel_type { TYPE_F32, TYPE_BF16, TYPE_F16, TYPE_I32 };
+
+/* Bytes of one element. */
+size_t kernel_type_size(enum kernel_type type);
+/* "float32", "bfloat16" ...; never NULL. */
+const char *kernel_type_name(enum kernel_type type);
+/* What a status means, for an error message; never NULL. */
+const char *kernel_status_text(int status);
+
+/* An open device: its stream, its threads, its own small scratch. Opaque; one owner thread at a time. */
+struct kernel_device;
+
+struct kernel_device_info {
+    char name[128];      /* "cpu (AVX-512, 2 threads)" */
+    int64_t total_bytes; /* memory of the device, or of the host for the CPU */
+    int64_t free_bytes;
+    int threads;  /* CPU threads, 1 on a GPU */
+    bool is_host; /* device pointers are host pointers */
+};
+
+/* ---- linear algebra
+ * ------------------------------------------------------------------------------------------- */
+
+/* C[M,N] = alpha * op(A) op(B) + beta * C. op(A) is [M,K], op(B) is [K,N].
+ * A linear layer y = x W^T with W [out,in]: A = x, B = W, transpose_b. Its input gradient: A = dy, B = W. Its
+ * weight gradient: A = dy, transpose_a, B = x, beta = 1. A and C have type `act`, B has b_type. beta 0
+ * ignores C's content. */
+struct gemm_args {
+    int64_t m, n, k;
+    bool transpose_a, transpose_b;
+    float alpha, beta;
+    const void *a; /* [M,K], or [K,M] when transpose_a */
+    int64_t a_stride;
+    const void *b; /* [K,N], or [N,K] when transpose_b */
+    int64_t b_stride;
+    void *c; /* [M,N] */
+    int64_t c_stride;
+    enum kernel_type act, b_type;
+};
+
+/* Low-rank path of one linear layer: y += scale * (dropout(x) A^T) B^T, accumulating into y, which already
+ * holds x W^T. Source: Hu et al. 2021, eq. 3. Dropout keeps an element with probability 1 - p and divides by
+ * 1 - p; its mask is philox_uniform(seed, offset + row * in + column) >= p, so it can be replayed in the
+ * backward and after a restart. */
+struct lora_forward_args {
+    int64_t rows, in, out, rank;
+    const void *x; /* [rows,in] */
+    int64_t x_stride;
+    const float *a; /* [rank,in] */
+    const float *b; /* [out,rank] */
+    float scale;
+    float dropout; /* 0 = none */
+    uint64_t seed, offset;
+    float *u; /* [rows,rank] out: dropout(x) A^T, kept for the backward */
+    void *y;  /* [rows,out], accumulates */
+    int64_t y_stride;
+    enum kernel_type act;
+};
+struct lora_backward_args {
+    int64_t rows, in, out, rank;
+    const void *x;
+    int64_t x_stride;
+    const float *a, *b;
+    float scale, dropout;
+    uint64_t seed, offset;
+    const float *u; /* [rows,rank] from the forward */
+    const void *dy; /* [rows,out] */
+    int64_t dy_stride;
+    void *dx; /* [rows,in], accumulates, or NULL */
+    int64_t dx_stride;
+    float *da; /* [rank,in] accumulates */
+    float *db; /* [out,rank] accumulates */
+    float *du; /* [rows,rank] scratch */
+    enum kernel_type act;
+};
+
+/* ---- token embedding
+ * ------------------------------------------------------------------------------------------ */
+
+/* y[t] = table[ids[t]] (+ scale * B A[:,ids[t]] when lora_a is not NULL). */
+struct embedding_forward_args {
+    int64_t tokens, vocab, d_model;
+    const int32_t *ids; /* [tokens], device memory, each in 0..vocab-1 (checked by the caller) */
+    const void *table;  /* [vocab,d_model] */
+    enum kernel_type table_type, act;
+    int64_t rank;
+    const float *lora_a; /* [rank,vocab] or NULL */
+    const float *lora_b; /* [d_model,rank] */
+    float scale;
+    void *y; /* [tokens,d_model] */
+};
+/* Scatter-add in token order (deterministic). Each output accumulates, or NULL. */
+struct embedding_backward_args {
+    int64_t tokens, vocab, d_model;
+    const int32_t *ids;
+    const void *dy; /* [tokens,d_model] */
+    enum kernel_type act;
+    float *dtable; /* [vocab,d_model] or NULL */
+    int64_t rank;
+    const float *lora_a, *lora_b;
+    float scale;
+    float *da; /* [rank,vocab] or NULL */
+    float *db; /* [d_model,rank] or NULL */
+};
+
+/* ---- RMSNorm with residual
+ * ------------------------------------------------------------------------------------ */
+
+/* r = residual + x (x may be NULL: r = residual); y = r / sqrt(mean(r^2) + eps) * weight.
+ * The residual stream is fp32 always. residual_out may be residual (in place). */
+struct rmsnorm_forward_args {
+    int64_t rows, d;
+    const void *x;         /* [rows,d] or NULL */
+    const float *residual; /* [rows,d] */
+    const float *weight;   /* [d] */
+    float eps;
+    float *residual_out; /* [rows,d] */
+    void *y;             /* [rows,d] */
+    float *rstd;         /* [rows], kept for the backward, or NULL */
+    enum kernel_type act;
+};
+/* Given dy and the gradient that reached r from later layers (dresidual, in), overwrite dresidual in place
+ * with the gradient of r; the caller hands the same values to both x and residual, whose gradients are equal.
+ */
+struct rmsnorm_backward_args {
+    int64_t rows, d;
+    const void *dy;    /* [rows,d] */
+    const float *r;    /* [rows,d]: residual_out of the forward */
+    const float *rstd; /* [rows] */
+    const float *weight;
+    float *dresidual; /* [rows,d] in and out */
+    float *dweight;   /* [d] accumulates, or NULL */
+    void *workspace;
+    enum kernel_type act;
+};
+
+/* ---- causal depthwise convolution + SiLU
+ * ---------------------------------------------------------------------- */
+
+/* Recurrent state lives in a pool of equal slots: the state of sequence s for this layer begins at
+ * pool + slots[s] * slot_stride (fp32 elements). slots NULL with pool not NULL means slots[s] = s. */
+struct state_view {
+    float *pool; /* NULL: starts from zero (in), or is not kept (out) */
+    int64_t slot_stride;
+    const int32_t *slots; /* [n_seqs], host memory */
+};
+
+/* y[t,c] = silu(bias[c] + sum_{k<width} weight[c,k] x[t-width+1+k, c]), inputs before the sequence's start
+ * from the state. State layout: [width-1][channels], oldest input first. */
+struct conv_forward_args {
+    int64_t tokens, channels, width;
+    int32_t n_seqs;
+    const int32_t *seq_starts; /* [n_seqs+1] */
+    const void *x;             /* [tokens,channels] */
+    int64_t x_stride;
+    const float *weight;              /* [channels,width] */
+    const float *bias;                /* [channels] or NULL */
+    struct state_view initial, final; /* may be the same pool */
+    void *y;                          /* [tokens,channels] */
+    int64_t y_stride;
+    enum kernel_type act;
+};
+/* Initial states are zero in training. Recomputes the pre-activation. */
+struct conv_backward_args {
+    int64_t tokens, channels, width;
+    int32_t n_seqs;
+    const int32_t *seq_starts;
+    const void *x;
+    int64_t x_stride;
+    const float *weight, *bias;
+    const void *dy; /* [tokens,channels] */
+    int64_t dy_stride;
+    void *dx; /* [tokens,channels] */
+    int64_t dx_stride;
+    float *dweight; /* [channels,width] accumulates, or NULL */
+    float *dbias;   /* [channels] accumulates, or NULL */
+    enum kernel_type act;
+};
+
+/* ---- Mamba-1 selective scan
+ * ----------------------------------------------------------------------------------- */
+
+/* Gu and Dao 2023, algorithm 2, with dt's softplus, the D skip and the z gate fused:
+ *   delta[t,c] = softplus(dt[t,c] + dt_bias[c])
+ *   h[t,n,c]   = exp(delta * A[n,c]) h[t-1,n,c] + delta * B[t,n] * x[t,c]
+ *   y[t,c]     = (sum_n C[t,n] h[t,n,c] + D[c] x[t,c]) * silu(z[t,c])
+ * softplus(v) = v for v > 20, log1p(exp(v)) otherwise. A = -exp(A_log), transposed to [d_state,channels].
+ * State layout: [d_state][channels]. chunk_states keeps the state at the start of every SCAN_CHUNK tokens of
+ * every sequence for the backward: for sequence s, chunk j at index (sum over earlier sequences of their
+ * chunk counts) + j, each [d_state][channels]; scan_chunk_count() tells how many there are. */
+enum { SCAN_CHUNK = 64 };
+struct scan_forward_args {
+    int64_t tokens, channels, d_state;
+    int32_t n_seqs;
+    const int32_t *seq_starts;
+    const void *x; /* [tokens,channels]: the convolution's output */
+    int64_t x_stride;
+    const void *dt; /* [tokens,channels]: dt_proj's output without its bias */
+    int64_t dt_stride;
+    const float *a;    /* [d_state,channels], negative */
+    const void *b, *c; /* [tokens,d_state] */
+    int64_t b_stride, c_stride;
+    const float *d;       /* [channels] */
+    const float *dt_bias; /* [channels] */
+    const void *z;        /* [tokens,channels] */
+    int64_t z_stride;
+    struct state_view initial, final;
+    float *chunk_states; /* or NULL */
+    void *y;             /* [tokens,channels] */
+    int64_t y_stride;
+    enum kernel_type act;
+};
+/* Initial states zero. Recomputes h from chunk_states; nothing of size T x channels x d_state is ever stored.
+ */
+struct scan_backward_args {
+    int64_t tokens, channels, d_state;
+    int32_t n_seqs;
+    const int32_t *seq_starts;
+    const void *x, *dt, *b, *c, *z;
+    int64_t x_stride, dt_stride, b_stride, c_stride, z_stride;
+    const float *a, *d, *dt_bias;
+    const float *chunk_states;
+    const void *dy; /* [tokens,channels] */
+    int64_t dy_stride;
+    void *dx, *ddt, *dz; /* [tokens,channels] */
+    int64_t dx_stride, ddt_stride, dz_stride;
+    void *db, *dc; /* [tokens,d_state], strides as given; summed over channels */
+    int64_t db_stride, dc_stride;
+    float *da_log;   /* [channels,d_state] accumulates (gradient of A_log itself), or NULL */
+    float *dd;       /* [channels] accumulates, or NULL */
+    float *ddt_bias; /* [channels] accumulates, or NULL */
+    void *workspace;
+    enum kernel_type act;
+};
+
+/* a[n,c] = -exp(a_log[c,n]). */
+struct scan_prepare_args {
+    int64_t channels, d_state;
+    const float *a_log; /* [channels,d_state] */
+    float *a;           /* [d_state,channels] */
+};
+
+/* ---- head, loss, scores
+ * --------------------------------------------------------------------------------------- */
+
+/* logits = hidden W^T, in row chunks, never [T,vocab] at once. targets[t] < 0: ignored, its outputs are 0.
+ * With d_hidden, also the gradient of grad_scale * sum over counted t of -log p(target). grad_scale may be
+ * NULL-free zero. */
+struct head_args {
+    int64_t rows, d_model, vocab;
+    const void *hidden; /* [rows,d_model] after the final norm */
+    const void *weight; /* [vocab,d_model] */
+    enum kernel_type weight_type, act;
+    const int32_t *targets; /* [rows], device memory */
+    float *logprobs;        /* [rows]: log p(target), or NULL */
+    int32_t *argmax;        /* [rows] or NULL; ties go to the lowest id. Computed for ignored rows as well */
+    int32_t n_top;          /* 0..KERNEL_TOP_MAX */
+    int32_t *top_ids;       /* [rows,n_top], descending, ties to the lowest id; or NULL */
+    float *top_logprobs;    /* [rows,n_top] */
+    void *d_hidden;         /* [rows,d_model] or NULL */
+    float *d_weight;        /* [vocab,d_model] accumulates, or NULL */
+    float grad_scale;
+    void *workspace;
+    int64_t workspace_bytes;
+};
+enum { KERNEL_TOP_MAX = 20 };
+
+/* ---- optimizer
+ * ------------------------------------------------------------------------------------------------ */
+
+struct param_slice {
+    int64_t count;
+    float *param, *m, *v; /* master weights and moments, fp32 */
+    float *grad;
+    bool decay; /* weight decay applies (matrices, not norms and biases) */
+};
+/* Loshchilov and Hutter 2019 (decoupled decay), bias-corrected as in Adam. Gradients are multiplied by
+ * grad_scale first (1/accumulation x clip). All slices in one call. Zeroes the gradients when it is done. */
+struct adamw_args {
+    const struct param_slice *slices; /* host memory */
+    int32_t n_slices;
+    float lr, beta1, beta2, eps, weight_decay;
+    int64_t step; /* 1 for the first */
+    float grad_scale;
+};
+/* *ret_sum = sum of squares over all gradients, in double, in a fixed order; host memory. NaN and inf
+ * propagate. */
+struct grad_norm_args {
+    const struct param_slice *slices;
+    int32_t n_slices;
+    double *ret_sum;
+};
+
+/* ---- sampling
+ * ------------------------------------------------------------------------------------------------- */
+
+struct logit_bias {
+    int32_t id;
+    float bias;
+};
+/* One row's way of choosing. Order: repetition, presence and frequency penalties, logit bias, then
+ * (temperature > 0) temperature, top-k, top-p, min-p; temperature 0 = the highest adjusted logit, ties to the
+ * lowest id. */
+struct sample_row {
+    float temperature;
+    int32_t top_k;            /* 0 = off */
+    float top_p, min_p;       /* 1 and 0 = off */
+    float repetition_penalty; /* 1 = off; over prompt and generated (Keskar 2019) */
+    float presence_penalty,
+        frequency_penalty;  /* 0 = off; over generated tokens alone, as OpenAI defines them */
+    const int32_t *history; /* prompt then generated ids, host memory */
+    int32_t n_history, n_prompt;
+    const struct logit_bias *bias;
+    int32_t n_bias;
+    uint64_t seed, position; /* the draw is philox_uniform(seed, position) */
+    int32_t banned;          /* an id that may not be chosen (end of text under ignore_eos), or -1 */
+    int32_t n_top;           /* how many of top_ids are wanted, 0..KERNEL_TOP_MAX */
+};
+struct sample_args {
+    int64_t rows, vocab;
+    const float *logits; /* [rows,vocab], device memory, not changed */
+    int64_t logits_stride;
+    const struct sample_row *row; /* [rows], host */
+    int32_t *ids;                 /* [rows], host */
+    float *logprobs;     /* [rows], host: of the chosen id under the model itself (before penalties and
+                            temperature) */
+    int32_t *top_ids;    /* [rows,KERNEL_TOP_MAX], host, or NULL; of the model itself */
+    float *top_logprobs; /* [rows,KERNEL_TOP_MAX] */
+};
+
+/* ---- the table
+ * ------------------------------------------------------------------------------------------------ */
+
+struct kernel_ops {
+    const char *name; /* "cpu", "cuda" */
+
+    /* index: which device of this kind. threads: 0 = all processors of the affinity mask (CPU only). */
+    int (*device_open)(int index, int threads, struct kernel_device **ret_device);
+    void (*device_close)(struct kernel_device *device);
+    int (*device_query)(struct kernel_device *device, struct kernel_device_info *ret_info);
+    /* Device memory, 64-byte aligned, not zeroed. */
+    int (*memory_alloc)(struct kernel_device *device, size_t bytes, void **ret_pointer);
+    void (*memory_free)(struct kernel_device *device, void *pointer);
+    int (*copy_in)(struct kernel_device *device, void *to_device, const void *from_host, size_t bytes);
+    int (*copy_out)(struct kernel_device *device, void *to_host, const void *from_device, size_t bytes);
+    int (*copy)(struct kernel_device *device, void *to, const void *from, size_t bytes);
+    int (*zero)(struct kernel_device *device, void *pointer, size_t bytes);
+    /* Convert count elements between types. */
+    int (*cast)(struct kernel_device *device, void *to, enum kernel_type to_type, const void *from,
+                enum kernel_type from_type, int64_t count);
+    /* Wait for everything queued. */
+    int (*synchronize)(struct kernel_device *device);
+
+    int (*gemm)(struct kernel_device *, const struct gemm_args *);
+    int (*lora_forward)(struct kernel_device *, const struct lora_forward_args *);
+    int (*lora_backward)(struct kernel_device *, const struct lora_backward_args *);
+    int (*embedding_forward)(struct kernel_device *, const struct embedding_forward_args *);
+    int (*embedding_backward)(struct kernel_device *, const struct embedding_backward_args *);
+    int (*rmsnorm_forward)(struct kernel_device *, const struct rmsnorm_forward_args *);
+    int64_t (*rmsnorm_backward_workspace)(int64_t rows, int64_t d);
+    int (*rmsnorm_backward)(struct kernel_device *, const struct rmsnorm_backward_args *);
+    int (*conv_forward)(struct kernel_device *, const struct conv_forward_args *);
+    int (*conv_backward)(struct kernel_device *, const struct conv_backward_args *);
+    int (*scan_prepare)(struct kernel_device *, const struct scan_prepare_args *);
+    int (*scan_forward)(struct kernel_device *, const struct scan_forward_args *);
+    int64_t (*scan_backward_workspace)(int64_t tokens, int64_t channels, int64_t d_state, int32_t n_seqs);
+    int (*scan_backward)(struct kernel_device *, const struct scan_backward_args *);
+    int64_t (*head_workspace)(int64_t rows, int64_t d_model, int64_t vocab, bool backward);
+    int (*head)(struct kernel_device *, const struct head_args *);
+    int (*adamw)(struct kernel_device *, const struct adamw_args *);
+    int (*grad_norm)(struct kernel_device *, const struct grad_norm_args *);
+    int (*sample)(struct kernel_device *, const struct sample_args *);
+};
+
+/* One-token steps are conv_forward and scan_forward with one token a sequence; a backend takes its short path
+ * there. */
+
+/* The plain reference: scalar, one thread, written to be read. Every other backend is compared with it. */
+const struct kernel_ops *kernels_reference(void);
+/* Vectorised (AVX2 or AVX-512, chosen at run time; plain code elsewhere) and threaded. */
+const struct kernel_ops *kernels_cpu(void);
+
+/* Chunks of SCAN_CHUNK tokens over all sequences: how many states chunk_states holds. */
+int64_t scan_chunk_count(const int32_t *seq_starts, int32_t n_seqs);
+
+/* Counter-based uniform in [0,1): Philox4x32-10 (Salmon et al. 2011), first word of block `counter` under key
+ * `seed`, its top 24 bits scaled by 2^-24. The same on every device. */
+float philox_uniform(uint64_t seed, uint64_t counter);
+
+#endif
