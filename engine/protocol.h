@@ -8,50 +8,79 @@
  * one is dropped by the daemon, so that a late worker cannot change what a newer one reports.
  *
  * MODEL below stands for {"id","path"} (path: the base model's folder), ADAPTER for {"id","path"} or null.
- * Unknown keys are ignored, a missing one is a protocol error and ends the connection.
+ * Unknown keys are ignored; a missing one fails the request or the job, naming it. Bytes that are no frame at
+ * all end the connection.
  *
- * daemon -> worker                          payload
- *   CONFIGURE                               {"max_seqs","prefill_tokens","heartbeat_ms"}   first frame, once
- *   LOAD            -> LOADED | FAILED      {"model": MODEL}
- *   UNLOAD                                  {"adapter": id} or {"model": id}: forget it once nothing uses it.
- * No answer COMPLETE        -> CHUNK* (DONE|FAILED) {"model","adapter","prompts": [string | [int]...],
- * "chat": bool, "messages": [{"role","content"}...] (when chat; then prompts is empty), "n","max_tokens"
- * (null for chat = as much as the server's limit),"temperature","top_p","min_p","top_k",
- *                                           "repetition_penalty","presence_penalty","frequency_penalty","logit_bias":
- * {"id": x}, "stop": [string...],"seed" (null = drawn),"logprobs" (null or
- * 0..20),"echo","ignore_eos","stream"} CANCEL                                  {}   id = the request's.
- * Answered by that request's FAILED (code "cancelled") unless it is already over TOKENIZE        -> TOKENS |
- * FAILED      {"model","text","add_special_tokens"} DETOKENIZE      -> TEXT | FAILED {"model","tokens":
- * [int...]} TOKENIZER_INFO  -> INFO | FAILED        {"model"} JOB_VALIDATE    -> JOB_VALIDATED|JOB_INVALID
- * {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters"} JOB_START ->
- * JOB_* ... JOB_ENDED
- * {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder","resume_from":
- * path|null} JOB_STOP                                {"job","attempt","reason": "cancel"|"pause"}; pause
- * checkpoints first. Answered by JOB_ENDED SHUTDOWN                                {}   checkpoint the
- * running job, end it as "paused" with "resumable": true, exit 0
+ * daemon -> worker
+ *
+ *   CONFIGURE                       first frame, once
+ *     {"max_seqs","prefill_tokens","heartbeat_ms"}
+ *   LOAD -> LOADED | FAILED
+ *     {"model": MODEL}
+ *   UNLOAD                          forget it once nothing uses it; no answer
+ *     {"adapter": id} or {"model": id}
+ *   COMPLETE -> CHUNK* (DONE | FAILED)
+ *     {"model","adapter","prompts": [string | [int]...],"chat": bool,"messages": [{"role","content"}...]
+ *     (when chat; then prompts is empty),"n","max_tokens" (null for chat = as much as the server's limit),
+ *     "temperature","top_p","min_p","top_k","repetition_penalty","presence_penalty","frequency_penalty",
+ *     "logit_bias": {"id": x},"stop": [string...],"seed" (null = drawn),"logprobs" (null or 0..20),"echo",
+ *     "ignore_eos","stream"}
+ *   CANCEL                          id = the request's. Answered by that request's FAILED (code
+ *     {}                            "cancelled") unless it is already over
+ *   TOKENIZE -> TOKENS | FAILED
+ *     {"model","text","add_special_tokens"}
+ *   DETOKENIZE -> TEXT | FAILED
+ *     {"model","tokens": [int...]}
+ *   TOKENIZER_INFO -> INFO | FAILED
+ *     {"model"}
+ *   JOB_VALIDATE -> JOB_VALIDATED | JOB_INVALID
+ *     {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters"}
+ *   JOB_START -> JOB_* ... JOB_ENDED
+ *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",
+ *     "resume_from": path|null}
+ *   JOB_STOP                        pause checkpoints first. Answered by JOB_ENDED
+ *     {"job","attempt","reason": "cancel"|"pause"}
+ *   SHUTDOWN                        checkpoint the running job, end it as "paused", exit 0
+ *     {}
  *
  * worker -> daemon
- *   HELLO           {"version","device","device_name","pid","threads","total_bytes","free_bytes"}   first
- * frame STATUS          {"total_bytes","free_bytes","resident_bytes","running","waiting","models":[id...]}
- * every heartbeat_ms at most; the heartbeat LOADED          {"model":
- * id,"family","vocab_size","parameters","weight_bytes","state_bytes","seconds"} CHUNK
- * {"index","text","finish_reason": null|"stop"|"length","tokens": [{"id","text","bytes" (only when text is
- * not whole UTF-8: array), "logprob": number|null,"top": [[text,logprob]...]}...]}   tokens only when
- * logprobs were asked for; -inf is sent as -9999 DONE            {"prompt_tokens","completion_tokens"} FAILED
- * {"code": an error_code_name,"message","param": string|null} TOKENS          {"tokens":[int...]}        TEXT
- * {"text"} INFO            {"eos_token","bos_token","pad_token","chat_template"} strings or null
+ *
+ *   HELLO                           first frame
+ *     {"version","device","device_name","pid","threads","total_bytes","free_bytes"}
+ *   STATUS                          every heartbeat_ms at most; the heartbeat
+ *     {"total_bytes","free_bytes","resident_bytes","running","waiting","models": [id...]}
+ *   LOADED
+ *     {"model": id,"family","vocab_size","parameters","weight_bytes","state_bytes","seconds"}
+ *   CHUNK                           "tokens" only when logprobs were asked for; -inf is sent as -9999
+ *     {"index","text","finish_reason": null|"stop"|"length","tokens": [{"id","text","bytes" (only when text
+ *     is not whole UTF-8: array),"logprob": number|null,"top": [[text,logprob]...]}...]}
+ *   DONE
+ *     {"prompt_tokens","completion_tokens"}
+ *   FAILED
+ *     {"code": an error_code_name,"message","param": string|null}
+ *   TOKENS {"tokens": [int...]}
+ *   TEXT   {"text"}
+ *   INFO   {"eos_token","bos_token","pad_token","chat_template"} strings or null
  *   JOB_VALIDATED
- * {"job","attempt","examples","tokens","loss_tokens","validation_examples","total_steps","planned_bytes"}
- *   JOB_INVALID     {"job","attempt","code","message","param","lines":[{"file":
- * "training_file"|"validation_file","line","reason"}...]} JOB_MESSAGE     {"job","attempt","level","message"}
- *   JOB_METRICS
- * {"job","attempt","step","total_steps","train_loss","train_accuracy","valid_loss"|null,"valid_accuracy"|null,"learning_rate",
- *                    "grad_norm","tokens_per_second","trained_tokens","eta_seconds","peak_memory_bytes","bytes_per_token"}
- * NaN and inf travel as null JOB_CHECKPOINT
- * {"job","attempt","step","folder","train_loss","train_accuracy","valid_loss"|null,"valid_accuracy"|null,"best","resumable_only"}
- *                    resumable_only: written for a pause or shutdown, not listed and not servable
- *   JOB_ENDED       {"job","attempt","status": "succeeded"|"failed"|"cancelled"|"paused","folder": the
- * adapter's or null,"trained_tokens","step","error": {"code","message","param"}|null}
+ *     {"job","attempt","examples","tokens","loss_tokens","validation_examples","total_steps","planned_bytes"}
+ *   JOB_INVALID
+ *     {"job","attempt","code","message","param",
+ *     "lines": [{"file": "training_file"|"validation_file","line","reason"}...]}
+ *   JOB_MESSAGE
+ *     {"job","attempt","level","message"}
+ *   JOB_METRICS                     NaN and inf travel as null
+ *     {"job","attempt","step","total_steps","train_loss","train_accuracy","valid_loss"|null,
+ *     "valid_accuracy"|null,"learning_rate","grad_norm","tokens_per_second","trained_tokens","eta_seconds",
+ *     "peak_memory_bytes","bytes_per_token"}
+ *   JOB_CHECKPOINT                  resumable_only: written for a pause or shutdown, not to be listed
+ *     {"job","attempt","step","folder","train_loss","train_accuracy","valid_loss"|null,"valid_accuracy"|null,
+ *     "best","resumable_only"}
+ *   JOB_CHECKPOINT_DROPPED          its folder is gone: keep_checkpoints newer ones exist
+ *     {"job","attempt","step"}
+ *   JOB_ENDED
+ *     {"job","attempt","status": "succeeded"|"failed"|"cancelled"|"paused","resumable": bool (a checkpoint to
+ *     go on from was written),"folder": the adapter's or null,"trained_tokens","step",
+ *     "error": {"code","message","param"}|null}
  */
 #ifndef ENGINE_PROTOCOL_H
 #define ENGINE_PROTOCOL_H
@@ -93,6 +122,7 @@ enum frame_type {
     FRAME_JOB_MESSAGE,
     FRAME_JOB_METRICS,
     FRAME_JOB_CHECKPOINT,
+    FRAME_JOB_CHECKPOINT_DROPPED,
     FRAME_JOB_ENDED,
 };
 
@@ -112,6 +142,10 @@ int frame_encode(enum frame_type type, uint64_t id, json_t *payload, struct buff
  * when the stream is not the protocol. */
 int frame_decode(struct buffer *in, struct frame *ret_frame, struct error *error);
 
+/* A JSON string of any bytes: what is not UTF-8 becomes U+FFFD. NULL when out of memory. */
+json_t *frame_text(const char *text, size_t length);
+/* A JSON number, null for NaN and infinities (JSON has none). */
+json_t *frame_number(double value);
 /* {"code","message","param"} of an error. */
 json_t *frame_error_payload(const struct error *error);
 
