@@ -37,12 +37,14 @@ struct worker_pool_callbacks {
 int worker_pool_create(uv_loop_t *loop, const struct config *config,
                        const struct worker_pool_callbacks *callbacks, struct worker_pool **ret_pool,
                        struct error *error);
-/* SHUTDOWN to all, SIGKILL to what is left after the timeout, then done() once all are gone. */
+/* SHUTDOWN to all, SIGKILL to what is left after the timeout, then done() once all are gone (perhaps before
+ * this returns). */
 void worker_pool_stop(struct worker_pool *pool, int timeout_ms, void (*done)(void *arg), void *arg);
+/* After the stop is done. The memory goes when the loop has closed its timers. */
 void worker_pool_free(struct worker_pool *pool);
 
 size_t worker_pool_count(const struct worker_pool *pool);
-struct worker *worker_pool_at(const struct worker_pool *pool, size_t index);
+struct worker *worker_pool_at(struct worker_pool *pool, size_t index);
 void worker_info(const struct worker *worker, struct worker_info *ret_info);
 
 /* Send a request; payload is stolen. on_frame is called for each frame that answers it (payload borrowed),
