@@ -11,7 +11,7 @@
 enum { CONFIG_MAX_FOLDERS = 16, CONFIG_MAX_DEVICES = 16 };
 
 struct config {
-    char listen_host[64];
+    char listen_host[64];  /* an address or a name; IPv6 without its brackets */
     uint16_t listen_port;  /* 0 = a free one, printed in the log and written to port_file */
     const char *port_file; /* or NULL: "HOST:PORT\n" is written there once it listens */
     const char *data_dir;
@@ -33,9 +33,13 @@ struct config {
     enum log_format log_format;
 };
 
-/* argv after "serve". Returns 0, 1 when --help was printed, or ERROR_INVALID. Strings point into argv and the
- * environment. */
+/* argv after "serve" (argv[0] is the first flag). Returns 0, 1 when --help was printed, or an error that
+ * names the flag or variable. Strings point into argv and the environment, except models_dirs and devices,
+ * which config_free frees. */
 int config_parse(int argc, char **argv, struct config *ret_config, struct error *error);
+void config_free(struct config *config);
+/* Can only this machine reach an address? True for 127.0.0.0/8, ::1 and localhost. */
+bool config_is_loopback(const char *host);
 /* The text of `adderd serve --help`: every flag with its variable and default. */
 const char *config_help(void);
 

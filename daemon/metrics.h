@@ -35,7 +35,9 @@ void metrics_http_request(struct metrics *metrics, const char *endpoint, int sta
 /* Everything above in text form; gauges that have an owner elsewhere are appended by the caller with
  * metrics_gauge. */
 void metrics_write(const struct metrics *metrics, struct buffer *text);
-/* help and type lines are written when label is NULL or first is true. labels: "device=\"cpu\"" or NULL. */
+/* One label, NAME="VALUE" with VALUE escaped, as metrics_gauge takes it. Cut at size when longer. */
+void metrics_label(char *ret_label, size_t size, const char *name, const char *value);
+/* help and type lines are written when labels is NULL or first is true. labels: "device=\"cpu\"" or NULL. */
 void metrics_gauge(struct buffer *text, const char *name, const char *help, const char *labels, double value,
                    int first);
 

@@ -21,8 +21,9 @@ struct model_entry {
 
 struct registry;
 
-/* Scan the models directories (each folder with a config.json is a model, its id the folder's name) and take
- * in the rows. */
+/* Scan the models directories (each folder with a config.json is a model, its id the folder's name; hidden
+ * ones are passed over) and take in the rows. One id in two places is ERROR_INVALID, which names both; a
+ * default model that does not exist is ERROR_NOT_FOUND. default_model may be NULL. */
 int registry_create(const char *const *models_dirs, int n_models_dirs, const char *default_model,
                     const struct adapter_row *rows, size_t n_rows, struct registry **ret_registry,
                     struct error *error);
@@ -31,9 +32,11 @@ void registry_free(struct registry *registry);
 const struct model_entry *registry_find(const struct registry *registry, const char *id);
 /* --default-model, or the only base, or NULL. */
 const struct model_entry *registry_default(const struct registry *registry);
+/* ERROR_INVALID when the id is taken by another path; a row with the same path replaces the old one. */
 int registry_add(struct registry *registry, const struct adapter_row *row, struct error *error);
 void registry_remove(struct registry *registry, const char *id);
+/* The list: bases, then adapters, each oldest first; checkpoints are left out. */
 size_t registry_count(const struct registry *registry);
-const struct model_entry *registry_at(const struct registry *registry, size_t index); /* oldest first */
+const struct model_entry *registry_at(const struct registry *registry, size_t index);
 
 #endif

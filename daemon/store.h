@@ -3,9 +3,15 @@
  * Threads. All SQL runs on the store's own two threads: a writer, which takes whatever is queued into one
  * transaction (group commit: a callback with code 0 means the row survives a power cut), and a reader on a
  * connection of its own. Every function here is called on the loop's thread, copies what it is given, and
- * returns at once; callbacks run on the loop's thread, in the order of the calls of one kind. A NULL callback
- * means: nobody waits (events, metrics). Requests that are still queued at store_close are done, and their
- * callbacks called, before it returns.
+ * returns at once; callbacks run later on the loop's thread, writes' in the order of their calls and reads'
+ * in the order of theirs. A NULL callback means: nobody waits (events, metrics). Requests that are still
+ * queued at store_close are done, and their callbacks called, before it returns.
+ *
+ * A statement that fails takes nothing else of its group with it. After a full disk or an I/O error the store
+ * goes on: what could not be written was reported to whoever asked. At most 64 MiB wait in a queue: then
+ * requests are refused with ERROR_BUSY, whose callbacks may overtake those of requests that are under way.
+ * Only where there is no memory to remember a request at all is its callback called (ERROR_NO_MEMORY) before
+ * the function returns.
  *
  * <sqlite3.h> is included by the store's and the migrations' files alone. */
 #ifndef DAEMON_STORE_H
@@ -20,9 +26,17 @@
 struct store;
 
 /* Opens or creates FOLDER/adderd.db, applies the migrations compiled into the binary in order, each in its
- * transaction; ERROR_UNSUPPORTED when the file is newer than the binary. Blocking; before the loop runs. */
+ * transaction; ERROR_UNSUPPORTED when the file is newer than the binary. Blocking; before the loop runs.
+ * With a loop it is a daemon's: FOLDER/adderd.lock is held, and ERROR_BUSY says who else holds it. With loop
+ * NULL it works beside a running daemon, and only the blocking functions at the end may be called. */
 int store_open(const char *folder, uv_loop_t *loop, struct store **ret_store, struct error *error);
+/* NULL is fine. The loop must run once more afterwards (a handle closes). While requests are under way the
+ * store keeps its loop alive, otherwise it does not. */
 void store_close(struct store *store);
+/* Called on the loop's thread for every transaction that committed: how long it took, how many requests it
+ * made durable. One observer; NULL for none. */
+typedef void (*store_commit_observer)(void *arg, double seconds, int64_t requests);
+void store_observe_commits(struct store *store, store_commit_observer observer, void *arg);
 
 /* error is NULL when code is 0. ERROR_NOT_FOUND: no such row. ERROR_IO: the disk is full, say. */
 typedef void (*store_written)(void *arg, int code, const struct error *error);
@@ -38,12 +52,14 @@ void store_file_get(struct store *store, const char *id, store_file_read done, v
 typedef void (*store_files_read)(void *arg, int code, const struct file_resource *items, size_t count,
                                  bool has_more);
 void store_file_list(struct store *store, const struct list_query *query, store_files_read done, void *arg);
-/* Files whose expires_at has passed. */
+/* Files whose expires_at has passed, at most 1000 at a time, without those that an open job names. */
 void store_file_expired(struct store *store, int64_t now, store_files_read done, void *arg);
 
 /* ---- jobs ---- */
+/* Its files must exist in the same transaction: ERROR_NOT_FOUND otherwise, with param. */
 void store_job_insert(struct store *store, const struct job_resource *job, store_written done, void *arg);
-/* Writes the whole row. */
+/* Writes the whole row, except what never changes (id, created_at). A job that has ended never changes again:
+ * ERROR_INVALID. queue_position is not kept: it reads as -1. */
 void store_job_update(struct store *store, const struct job_resource *job, store_written done, void *arg);
 typedef void (*store_job_read)(void *arg, int code, const struct job_resource *job);
 void store_job_get(struct store *store, const char *id, store_job_read done, void *arg);
@@ -51,8 +67,10 @@ typedef void (*store_jobs_read)(void *arg, int code, const struct job_resource *
                                 bool has_more);
 void store_job_list(struct store *store, const struct list_query *query, store_jobs_read done, void *arg);
 
-/* The end of a job in one transaction: its row, its adapter's row (when model is not NULL), its result file's
- * row (when result_file is not NULL) and a closing event. */
+/* The end of a job in one transaction: its row (job->status is final), its adapter's row (when model is not
+ * NULL), its result file's row (when result_file is not NULL) and a closing event (when message is not NULL;
+ * level "error" for a failed job). Its resume point is forgotten. Saying the same end again changes nothing
+ * and is no error; another end is ERROR_INVALID. */
 struct adapter_row {
     struct model_resource model;
     char path[4096];    /* folder with the adapter, or a full model */
@@ -74,7 +92,7 @@ void store_event_append(struct store *store, const char *job, const char *level,
                         void *arg);
 typedef void (*store_events_read)(void *arg, int code, const struct event_resource *items, size_t count,
                                   bool has_more);
-/* query->after is an event id. */
+/* query->after is an event id of that job. A job that does not exist has no events: code 0, count 0. */
 void store_event_list(struct store *store, const char *job, const struct list_query *query,
                       store_events_read done, void *arg);
 /* Every metrics event of a job, in step order: for its result file. */
@@ -94,10 +112,12 @@ void store_checkpoint_list(struct store *store, const char *job, const struct li
 /* Forget a job's checkpoints that keep_checkpoints no longer covers (model rows too). */
 void store_checkpoint_delete(struct store *store, const char *job, int64_t step, store_written done,
                              void *arg);
+/* A checkpoint's row goes with its model's. */
 void store_model_delete(struct store *store, const char *id, store_written done, void *arg);
 
 /* ---- idempotency ---- */
-/* The answer that a POST with this key got before, scope = key id and path. Kept for 24 hours. */
+/* The answer that a POST with this key got before, scope = key id and path. Kept for 24 hours; the first one
+ * put stands. */
 typedef void (*store_answer_read)(void *arg, int code, int status, const char *body_hash, const char *body);
 void store_answer_get(struct store *store, const char *scope, const char *key, store_answer_read done,
                       void *arg);
@@ -109,11 +129,18 @@ struct key_row {
     char id[ID_BYTES]; /* "key-..." */
     char name[128];
     char hash[65]; /* BLAKE2b-256 of the token, hex (libsodium's crypto_generichash) */
-    int64_t created_at, revoked_at, last_used_at;
+    int64_t created_at, revoked_at, last_used_at; /* 0 = not, never */
 };
+/* All keys, revoked ones too, oldest first: `adderd keys` may have changed them beside the daemon, so the
+ * server asks every second or two and hands them to auth_reload. */
+typedef void (*store_keys_read)(void *arg, int code, const struct key_row *items, size_t count);
+void store_key_list(struct store *store, store_keys_read done, void *arg);
+/* Nobody waits for this. */
+void store_key_used(struct store *store, const char *id, int64_t now);
 
 /* ---- start-up, and the `keys` command: blocking, before the loop runs ---- */
-/* *ret_items: free() it. Jobs that have not ended, oldest first, with what is needed to go on. */
+/* *ret_items: free() it (NULL when there are none). Jobs that have not ended, oldest first, with what is
+ * needed to go on. */
 struct job_recovery {
     struct job_resource job; /* job_free */
     char resume_from[4096];  /* newest checkpoint's folder, "" = from the start */
@@ -124,12 +151,14 @@ int store_load_unfinished(struct store *store, struct job_recovery **ret_items, 
 int store_load_models(struct store *store, struct adapter_row **ret_items, size_t *ret_count,
                       struct error *error);
 int store_load_keys(struct store *store, struct key_row **ret_items, size_t *ret_count, struct error *error);
+/* Live keys have distinct names: ERROR_INVALID. */
 int store_key_insert(struct store *store, const struct key_row *key, struct error *error);
+/* ERROR_NOT_FOUND when no live key has this id or name. */
 int store_key_revoke(struct store *store, const char *id_or_name, int64_t now, struct error *error);
 /* Jobs that exist by status, for the metrics at start. */
 int store_count_jobs(struct store *store, int64_t ret_counts[JOB_STATUS_COUNT], struct error *error);
 
-/* A new unique id: PREFIX and 24 characters of base62 from the kernel's random source. */
+/* A new unique id: PREFIX ("file-") and 24 characters of base62 from the kernel's random source. */
 void store_new_id(const char *prefix, char ret_id[ID_BYTES]);
 
 #endif
