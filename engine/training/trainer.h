@@ -20,8 +20,9 @@ enum lr_schedule { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE };
 
 /* The job's hyperparameters, resolved: names and meaning as in API.md. */
 struct training_spec {
-    int64_t n_epochs, max_steps; /* max_steps 0 = as many as the epochs give */
-    int32_t batch_size;          /* rows of a micro-batch */
+    int64_t n_epochs;
+    int64_t max_steps;  /* optimizer steps; when not 0 it alone decides, over as many epochs as it takes */
+    int32_t batch_size; /* rows of a micro-batch */
     int32_t gradient_accumulation_steps;
     int64_t max_seq_len;
     bool packing, truncate;
@@ -32,27 +33,31 @@ struct training_spec {
     float beta1, beta2, eps, weight_decay;
     enum lr_schedule schedule;
     int64_t warmup_steps;
-    float max_grad_norm;      /* 0 = no clipping */
-    int64_t eval_steps;       /* 0 = at the end of each epoch */
-    int64_t checkpoint_steps; /* 0 = at the end of each epoch */
-    int32_t keep_checkpoints;
-    int32_t early_stopping_patience; /* evaluations without improvement; 0 = off */
+    float max_grad_norm;             /* 0 = no clipping */
+    int64_t eval_steps;              /* 0 = at the end of each epoch; the last step always evaluates */
+    int64_t checkpoint_steps;        /* 0 = at the end of each epoch; the last step always has one */
+    int32_t keep_checkpoints;        /* the newest so many; 0 = all */
+    int32_t early_stopping_patience; /* evaluations in a row that do not improve by more than min_delta; 0 =
+                                        off */
     float early_stopping_min_delta;
-    bool load_best_at_end;
+    bool load_best_at_end; /* a new best evaluation writes a checkpoint; the best one is never dropped */
     uint64_t seed;
 };
-/* From the JSON the daemon sends (every key present, see protocol.h); ERROR_INVALID names a key that is
- * missing or of the wrong kind. */
+/* From the "hyperparameters" the daemon sends (every key present, see protocol.h); ERROR_INVALID names a key
+ * that is missing, of the wrong kind or out of range. `lora` may be null under `full`, `early_stopping` null
+ * for off, max_steps null for 0. The seed travels beside them in the frame: the caller sets ret_spec->seed.
+ */
 int training_spec_decode(const json_t *json, struct training_spec *ret_spec, struct error *error);
-/* The learning rate of optimizer step `step` (1 for the first) of total_steps: linear warm-up to the peak
- * over warmup_steps, then constant, linear to 0 or half a cosine to 0. */
+/* The learning rate of optimizer step `step` (1 for the first) of total_steps: linear warm-up that reaches
+ * the peak at step warmup_steps, then constant, linear or half a cosine from the peak at step warmup_steps +
+ * 1 to the 0 that would come after the last (no step is wasted on a rate of 0). */
 float training_learning_rate(const struct training_spec *spec, int64_t step, int64_t total_steps);
 
 struct training_metrics {
     int64_t step, total_steps, epoch;
     double train_loss, train_accuracy; /* means over the step's targets */
     double learning_rate, grad_norm;
-    double tokens_per_second; /* smoothed over the last steps */
+    double tokens_per_second; /* smoothed over the last steps; time spent in training passes alone */
     int64_t trained_tokens;   /* so far, resumed runs included */
     bool has_valid;
     double valid_loss, valid_accuracy; /* of the whole validation set */
@@ -65,6 +70,7 @@ struct training_checkpoint {
     double train_loss;
     double train_accuracy, valid_accuracy;
     bool best;
+    bool resumable_only; /* written for a pause at a step where the schedule has none */
 };
 
 /* Reports, on the calling thread, in order. */
@@ -73,7 +79,9 @@ struct trainer_callbacks {
     void (*message)(void *arg, const char *level, const char *text); /* "info", "warn" */
     void (*metrics)(void *arg, const struct training_metrics *metrics);
     void (*checkpoint)(void *arg, const struct training_checkpoint *checkpoint);
-    /* Between layers of a micro-batch; may be NULL. */
+    /* That step's folder is gone (keep_checkpoints, or a pause's that a newer one has replaced). */
+    void (*checkpoint_dropped)(void *arg, int64_t step);
+    /* Between layers of a micro-batch, and while waiting for the folder's lock; may be NULL. */
     void (*yield)(void *arg);
 };
 
@@ -88,9 +96,31 @@ struct trainer_options {
     struct trainer_callbacks callbacks;
 };
 
+/* What a job would be, without running it. */
+struct trainer_inspection {
+    int64_t examples, tokens, loss_tokens; /* of the training set */
+    int64_t validation_examples;
+    int64_t total_steps;
+    int64_t planned_bytes; /* beyond the base weights */
+};
+/* Lines of a data file that cannot be used: filled (n_line_errors > 0) when that is why a call failed. */
+struct trainer_bad_lines {
+    const char *file; /* "training_file" or "validation_file" */
+    int64_t n_line_errors;
+    struct dataset_line_error line_errors[DATASET_LISTED_ERRORS];
+};
+/* Load and check the data, count the steps, plan the memory; allocates nothing on the device and writes
+ * nothing: folder, resume_from and callbacks are not used. ret_bad is always written (n_line_errors 0 when
+ * lines are not to blame); error->param names the file or hyperparameter at fault. */
+int trainer_inspect(const struct trainer_options *options, struct trainer_inspection *ret_inspection,
+                    struct trainer_bad_lines *ret_bad, struct error *error);
+
 struct trainer;
 
-/* Load the data, plan memory (reported through message), allocate, resume. */
+/* Take FOLDER/lock (waiting up to 30 s for another worker to let go, then ERROR_BUSY), load the data, plan
+ * memory (reported through message), allocate, resume. A resume_from that is gone because a newer checkpoint
+ * superseded it resumes from the newest; checkpoints newer than the one resumed from are removed, they will
+ * be made again. A checkpoint of another spec, model or data is refused with ERROR_INVALID. */
 int trainer_open(const struct trainer_options *options, struct trainer **ret_trainer, struct error *error);
 void trainer_close(struct trainer *trainer);
 
@@ -100,13 +130,14 @@ enum { TRAINER_MORE = 1, TRAINER_FINISHED = 2 };
  * A NaN loss is ERROR_DIVERGED and names the step; the last good checkpoint stays. */
 int trainer_advance(struct trainer *trainer, struct error *error);
 /* Write a checkpoint of the last completed optimizer step now (pause, shutdown); reported through the
- * callback. A step that is half accumulated is dropped and done again after resuming. */
+ * callback, unless that step has one already. A step that is half accumulated, and an evaluation that is not
+ * over, are done again after resuming. The run itself may go on. */
 int trainer_checkpoint(struct trainer *trainer, struct error *error);
 
 struct trainer_status {
     int64_t step, total_steps, trained_tokens;
     int64_t planned_bytes, peak_bytes;
-    double bytes_per_token; /* peak / tokens of a micro-batch */
+    double bytes_per_token; /* peak / tokens of the largest micro-batch */
     double eta_seconds;
 };
 void trainer_status(const struct trainer *trainer, struct trainer_status *ret_status);
