@@ -1,10 +1,18 @@
 /* dataset.h: training files into token sequences with loss masks, and those into ragged batches.
  *
- * Every line of a JSONL file is one example, one form per file (API.md): {"prompt","completion"},
- * {"messages"},
- * {"instruction","input","output"}, {"text"}. Loss falls on completions (assistant turns) alone, for "text"
- * on all; the end of text token closes every example and bears loss. Examples are kept as ids in one array;
- * nothing is padded, ever. */
+ * A training file is JSONL: every line one JSON object, one example, all lines of one form (API.md):
+ *   {"prompt","completion"}             taken as they are; loss on the completion
+ *   {"messages": [{"role","content"}]}  rendered by the chat form (below); loss on the assistant's turns
+ *   {"instruction","input","output"}    the same, as one user turn and its answer; "input" may be absent,
+ *                                       null or ""
+ *   {"text"}                            taken as it is; loss on all of it
+ * Other keys of a line ("id", "category") are ignored, unless they change what should be learnt ("tools").
+ * A byte order mark, CRLF and blank lines are tolerated. The end of text token closes every example and bears
+ * loss. The first token of an example is never predicted. Examples are kept as ids in one array; nothing is
+ * padded, ever.
+ *
+ * Context and completion are tokenized apart and put together, so what serves as a prompt is, token for
+ * token, what training saw before the completion. Any thread may call; one thread at a time per dataset. */
 #ifndef ENGINE_TEXT_DATASET_H
 #define ENGINE_TEXT_DATASET_H
 
@@ -25,9 +33,11 @@ struct dataset_line_error {
 
 struct dataset_options {
     int64_t max_seq_len; /* tokens of one example, its end of text included */
-    bool truncate;       /* cut longer examples; otherwise they are errors that say which line and how long */
-    bool split_text; /* "text" examples longer than max_seq_len are split into several (used with packing) */
-    int32_t eos_id;  /* closes an example; -1 = none */
+    bool truncate; /* cut longer examples at the end; otherwise they are errors that name line and length */
+    bool
+        split_text; /* "text" examples longer than max_seq_len are split into several (used with packing); a
+                       piece begins with the last token of the one before, so every token is predicted once */
+    int32_t eos_id; /* closes an example; -1 = none */
     const char *chat_template; /* "alpaca", "chatml", NULL = plain "role: content" lines; for messages and
                                   instruction */
 };
@@ -40,8 +50,11 @@ struct dataset {
     int64_t *starts;       /* [n_examples+1] into ids */
     int32_t *ids;          /* [n_tokens] */
     uint8_t *loss;         /* [n_tokens] 1 = this token is a target */
+    int64_t n_truncated;   /* examples that were cut */
+    int64_t n_dropped;     /* of those, the ones left out: no token that bears loss remained */
     int64_t n_line_errors; /* all of them; the first DATASET_LISTED_ERRORS are listed */
     struct dataset_line_error line_errors[DATASET_LISTED_ERRORS];
+    struct dataset_order *order; /* internal: the epoch's order, kept from call to call */
 };
 
 /* Read and tokenize. Returns 0; ERROR_INVALID when a line is bad, the set is empty or holds no loss token
@@ -51,13 +64,39 @@ int dataset_load(const char *path, const struct tokenizer *tokenizer, const stru
                  struct dataset **ret_dataset, struct error *error);
 void dataset_free(struct dataset *dataset);
 
-/* The prompt text of a chat, ending where the assistant is to speak. messages: role/content pairs. */
+/* ---- chat forms ----
+ *
+ * The roles are system (or its newer name, developer), user and assistant. Contents lose white space at both
+ * ends, in training and in serving alike. S, U, A: contents of a system message, a user's, an assistant's;
+ * "|" stands between what chat_render gives and the reply, which alone bears loss.
+ *
+ * - plain: "system: S\nuser: U\nassistant:| A", a turn a line.
+ *
+ * - chatml:
+ * "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n|A<|im_end|>";
+ *   "\n" follows before the next turn.
+ *
+ * - alpaca: "S\n\n### Instruction:\nU\n\n### Response:\n|A"; "\n\n" follows before the next turn. S, when no
+ *   system message opens the chat: "Below is an instruction that describes a task. Write a response that
+ *   appropriately completes the request." A non-empty "input" of the instruction form stands in a section
+ *   "### Input:" after the instruction and S says so, as in the Alpaca data; the other forms append it to the
+ *   instruction after "\n\n".
+ *
+ * The boundaries lie where the GPT-2 split always cuts, so encoding a prompt with earlier replies in one
+ * piece gives the ids that training saw. */
 struct chat_message {
     const char *role;
     const char *content;
 };
+/* The prompt text of a chat, ending where the assistant is to speak. chat_template: NULL or "" = plain.
+ * ERROR_INVALID for an unknown template or role, or no messages. */
 int chat_render(const char *chat_template, const struct chat_message *messages, size_t n_messages,
                 struct buffer *prompt, struct error *error);
+/* What a reply begins with that is the form's, not the content's: " " for plain, otherwise "". A server drops
+ * it from the front of the text it generates. */
+const char *chat_reply_lead(const char *chat_template);
+/* The text that ends a reply, when the model goes on past it: a stop string for a server. */
+const char *chat_reply_stop(const char *chat_template);
 
 /* ---- batches ---- */
 
@@ -84,15 +123,19 @@ struct data_cursor {
 
 /* How many micro-batches one epoch has: ceil(rows / batch_size); with packing, rows are bins of at most
  * max_seq_len tokens filled with whole examples in the epoch's order (first fit over a short window would
- * change the order: next fit). */
-int64_t dataset_batches_per_epoch(const struct dataset *dataset, uint64_t seed, int64_t epoch,
+ * change the order: next fit). shuffle: as in dataset_next_batch. ERROR_NO_MEMORY. */
+int64_t dataset_batches_per_epoch(struct dataset *dataset, uint64_t seed, bool shuffle, int64_t epoch,
                                   int32_t batch_size, bool packing, int64_t max_seq_len);
+/* The tokens and sequences that no batch of any epoch exceeds: for batch_create and the memory plan. */
+int dataset_batch_limits(const struct dataset *dataset, int32_t batch_size, bool packing, int64_t max_seq_len,
+                         int64_t *ret_tokens, int32_t *ret_seqs, struct error *error);
 /* Fill batch with the next batch_size rows (one example each, or a packed bin each; the last of an epoch may
- * be smaller; never across epochs) and advance the cursor. The order of an epoch is a Fisher-Yates shuffle
- * drawn from philox(seed, epoch): the same on every machine. shuffle = false keeps file order (validation).
- */
-int dataset_next_batch(const struct dataset *dataset, uint64_t seed, bool shuffle, int32_t batch_size,
-                       bool packing, int64_t max_seq_len, struct data_cursor *cursor, struct batch *batch,
+ * be smaller; never across epochs) and advance the cursor; past the last batch of an epoch it is
+ * {epoch + 1, 0}. The order of an epoch is a Fisher-Yates shuffle drawn from philox(seed, epoch): the same on
+ * every machine. shuffle = false keeps file order (validation). ERROR_INVALID when the batch is too small for
+ * it (see dataset_batch_limits) or the cursor lies outside the data. */
+int dataset_next_batch(struct dataset *dataset, uint64_t seed, bool shuffle, int32_t batch_size, bool packing,
+                       int64_t max_seq_len, struct data_cursor *cursor, struct batch *batch,
                        struct error *error);
 
 #endif

@@ -39,7 +39,12 @@ bool tokenizer_is_special(const struct tokenizer *tokenizer, int32_t id);
  * tokens, special ones too, are recognised in the text. Nothing (no BOS) is added. O(n log n). */
 int tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t length,
                      struct token_list *ids, struct error *error);
-/* Append the text of ids; special tokens are left out when skip_special. Invalid UTF-8 becomes U+FFFD. */
+/* The same for text that goes on from other text: where the tokenizer begins a text with a space of its own
+ * (add_prefix_space), none is put here. */
+int tokenizer_encode_continued(const struct tokenizer *tokenizer, const char *text, size_t length,
+                               struct token_list *ids, struct error *error);
+/* Append the text of ids; special tokens are left out when skip_special. Invalid UTF-8 becomes U+FFFD.
+ * ERROR_INVALID when an id is outside 0..tokenizer_size-1. */
 int tokenizer_decode(const struct tokenizer *tokenizer, const int32_t *ids, size_t count, bool skip_special,
                      struct buffer *text, struct error *error);
 
