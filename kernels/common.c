@@ -2,6 +2,8 @@
  * the random numbers. Pure functions; any thread. */
 #include "kernels/kernels.h"
 
+#include "kernels/philox.h"
+
 size_t kernel_type_size(enum kernel_type type)
 {
     switch (type) {
@@ -55,23 +57,11 @@ int64_t scan_chunk_count(const int32_t *seq_starts, int32_t n_seqs)
     return count;
 }
 
-/* Philox4x32-10. Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"; the
- * counter fills the two low words of the block, the high words are zero. */
 float philox_uniform(uint64_t seed, uint64_t counter)
 {
-    uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0;
-        uint64_t p1 = (uint64_t)0xCD9E8D57u * c2;
-        uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-        uint32_t n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-        c1 = (uint32_t)p1;
-        c3 = (uint32_t)p0;
-        c0 = n0;
-        c2 = n2;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return (float)(c0 >> 8) * 0x1p-24f;
+    const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    const uint32_t block[4] = {(uint32_t)counter, (uint32_t)(counter >> 32), 0, 0};
+    uint32_t words[4];
+    philox_block(key, block, words);
+    return (float)(words[0] >> 8) * 0x1p-24f;
 }
