@@ -33,12 +33,14 @@ struct training_spec {
     float beta1, beta2, eps, weight_decay;
     enum lr_schedule schedule;
     int64_t warmup_steps;
-    float max_grad_norm;             /* 0 = no clipping */
-    int64_t eval_steps;              /* 0 = at the end of each epoch; the last step always evaluates */
-    int64_t checkpoint_steps;        /* 0 = at the end of each epoch; the last step always has one */
-    int32_t keep_checkpoints;        /* the newest so many; 0 = all */
-    int32_t early_stopping_patience; /* evaluations in a row that do not improve by more than min_delta; 0 =
-                                        off */
+    float max_grad_norm;      /* 0 = no clipping */
+    int64_t eval_steps;       /* 0 = at the end of each epoch; the last step always evaluates */
+    int64_t checkpoint_steps; /* 0 = at the end of each epoch; the last step always has one */
+    /* The newest so many stay, 0 = all. Dropping happens before the next one is written and at the end, so
+     * that whoever records them has had time to learn of the newest. */
+    int32_t keep_checkpoints;
+    /* Stop after so many evaluations in a row that do not improve by more than min_delta; 0 = off. */
+    int32_t early_stopping_patience;
     float early_stopping_min_delta;
     bool load_best_at_end; /* a new best evaluation writes a checkpoint; the best one is never dropped */
     uint64_t seed;
@@ -48,13 +50,18 @@ struct training_spec {
  * for off, max_steps null for 0. The seed travels beside them in the frame: the caller sets ret_spec->seed.
  */
 int training_spec_decode(const json_t *json, struct training_spec *ret_spec, struct error *error);
+/* The inverse, with every key; NULL when out of memory. */
+json_t *training_spec_encode(const struct training_spec *spec);
+/* "fp32" ... */
+const char *training_precision_name(enum precision precision);
 /* The learning rate of optimizer step `step` (1 for the first) of total_steps: linear warm-up that reaches
  * the peak at step warmup_steps, then constant, linear or half a cosine from the peak at step warmup_steps +
  * 1 to the 0 that would come after the last (no step is wasted on a rate of 0). */
 float training_learning_rate(const struct training_spec *spec, int64_t step, int64_t total_steps);
 
 struct training_metrics {
-    int64_t step, total_steps, epoch;
+    int64_t step, total_steps;
+    int64_t epoch;                     /* 1 for the first */
     double train_loss, train_accuracy; /* means over the step's targets */
     double learning_rate, grad_norm;
     double tokens_per_second; /* smoothed over the last steps; time spent in training passes alone */
@@ -66,7 +73,7 @@ struct training_metrics {
 struct training_checkpoint {
     int64_t step;
     const char *folder; /* whole and durable when this is reported */
-    double valid_loss;  /* NaN when there is no validation set */
+    double valid_loss;  /* of the evaluation at this step, NaN when there was none */
     double train_loss;
     double train_accuracy, valid_accuracy;
     bool best;
