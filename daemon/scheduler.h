@@ -23,6 +23,9 @@ struct scheduler_options {
 };
 int scheduler_create(const struct scheduler_options *options, struct scheduler **ret_scheduler,
                      struct error *error);
+/* After the pool has stopped and the store is closed: no callback is on its way then. Subscriptions must have
+ * been given back, waiting clients are answered with 503. The memory goes when the loop has closed its timer.
+ */
 void scheduler_free(struct scheduler *scheduler);
 /* The pool is created after the scheduler (its callbacks point here) and handed over once. */
 void scheduler_attach(struct scheduler *scheduler, struct worker_pool *pool);
@@ -57,6 +60,10 @@ void scheduler_unsubscribe(struct scheduler *scheduler, struct event_subscriptio
 
 /* A worker for a completion or tokenizer call: up, the least loaded; NULL when none is up. */
 struct worker *scheduler_pick(struct scheduler *scheduler);
+/* Every job that has not ended, oldest first. */
+void scheduler_each(struct scheduler *scheduler, void (*visit)(void *arg, const struct job_resource *job),
+                    void *arg);
+/* How many jobs, ended ones too, have this status. */
 int64_t scheduler_count(const struct scheduler *scheduler, enum job_status status);
 
 #endif

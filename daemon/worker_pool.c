@@ -66,8 +66,7 @@ struct worker_pool {
 
 static void worker_start(struct worker *worker);
 
-/* ---- the end of a process
- * ------------------------------------------------------------------------------------- */
+/* ---- the end of a process ---- */
 
 static void on_handle_closed(uv_handle_t *handle)
 {
@@ -167,8 +166,7 @@ static void on_process_exit(uv_process_t *handle, int64_t status, int signal)
         process_finish(process);
 }
 
-/* ---- frames in
- * ------------------------------------------------------------------------------------------------ */
+/* ---- frames in ---- */
 
 static struct pending *pending_find(struct worker *worker, uint64_t id)
 {
@@ -284,8 +282,7 @@ static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *bytes)
     }
 }
 
-/* ---- frames out
- * ----------------------------------------------------------------------------------------------- */
+/* ---- frames out ---- */
 
 struct outgoing {
     uv_write_t request;
@@ -359,8 +356,7 @@ void worker_request_cancel(struct worker *worker, uint64_t id)
     send_frame(worker, FRAME_CANCEL, id, json_object());
 }
 
-/* ---- starting
- * ------------------------------------------------------------------------------------------------- */
+/* ---- starting ---- */
 
 static void on_watch(uv_timer_t *timer)
 {
@@ -480,8 +476,7 @@ int worker_pool_create(uv_loop_t *loop, const struct config *config,
     return 0;
 }
 
-/* ---- stopping
- * ------------------------------------------------------------------------------------------------- */
+/* ---- stopping ---- */
 
 static void on_stop_timeout(uv_timer_t *timer)
 {
@@ -528,8 +523,7 @@ void worker_pool_free(struct worker_pool *pool)
     uv_close((uv_handle_t *)&pool->stop_timer, on_timer_closed);
 }
 
-/* ---- looking
- * -------------------------------------------------------------------------------------------------- */
+/* ---- looking ---- */
 
 size_t worker_pool_count(const struct worker_pool *pool)
 {

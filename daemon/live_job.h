@@ -1,0 +1,103 @@
+/* live_job.h: a job that has not ended, as the scheduler's files share it. Loop thread only; nothing outside
+ * those files (scheduler.c, job_frames.c, job_requests.c) includes this.
+ *
+ * What a client may see of a job is changed here ahead of the store only where losing the change in a crash
+ * would not matter (progress). A change of status is answered to whoever asked for it after its commit, and a
+ * final status is seen by nobody before its commit. */
+#ifndef DAEMON_LIVE_JOB_H
+#define DAEMON_LIVE_JOB_H
+
+#include "daemon/scheduler.h"
+
+#include <jansson.h>
+
+enum { DEATHS_AT_ONE_STEP = 2 }; /* of workers, until the job is held to be the cause */
+
+struct waiter { /* a client who asked for a change of status */
+    struct waiter *next;
+    enum job_status wanted;
+    scheduler_answer done;
+    void *arg;
+};
+
+struct live_job {
+    struct live_job *next;
+    struct scheduler *scheduler;
+    struct job_resource job;
+    char resume_from[4096];   /* newest checkpoint's folder, "" = from the start */
+    bool validated, full;     /* full: adaptation "full" */
+    struct worker *validator; /* working on its validation */
+    struct worker *trainer;   /* training it, from the commit of `running` on */
+    int changes;  /* rows on their way to the store: until they are in, nothing begins and nobody is answered
+                   */
+    bool refused; /* the last row was not taken: it is written again by the retry timer */
+    bool ended;   /* the final row is committed */
+    int deaths;   /* workers lost while it stood at death_step */
+    int64_t death_step;
+    struct waiter *waiters;
+    struct event_subscription *subscriptions;
+    int64_t writes; /* callbacks still to come: the memory stays until then */
+    struct {        /* while it ends; status 0 = it does not */
+        enum job_status status;
+        char code[64], param[64], message[1024];
+        struct job_resource final; /* shares the strings that job owns */
+        struct adapter_row row;
+        struct file_resource result;
+    } ending;
+};
+
+/* A worker seen as a place for one training job. */
+struct lane {
+    struct worker *worker;
+    char job[ID_BYTES]; /* "" = free */
+    int64_t attempt;
+};
+
+struct scheduler {
+    struct scheduler_options options;
+    struct worker_pool_callbacks callbacks;
+    struct worker_pool *pool;
+    struct lane lanes[CONFIG_MAX_DEVICES];
+    size_t n_lanes;
+    struct live_job *first; /* in order of creation */
+    int64_t counts[JOB_STATUS_COUNT];
+    bool draining;
+    uv_timer_t retry;
+};
+
+int64_t live_job_now(void); /* seconds since 1970 */
+/* NULL when it has ended or never was. */
+struct live_job *live_job_find(struct scheduler *scheduler, const char *id);
+/* Takes over what job owns. NULL: no memory (nothing is taken). */
+struct live_job *live_job_add(struct scheduler *scheduler, const struct job_resource *job);
+/* Free it if it has ended and no callback is to come. */
+void live_job_release(struct live_job *live);
+void live_job_set_status(struct live_job *live, enum job_status status);
+/* The id of its adapter (step -1) or of a checkpoint. */
+void live_job_model_row(const struct live_job *live, int64_t step, const char *path,
+                        struct adapter_row *ret_row);
+
+/* An event, published to subscribers once it is durable. data is stolen. */
+void live_job_append_event(struct live_job *live, const char *level, const char *type, const char *message,
+                           json_t *data, int64_t step);
+void live_job_say(struct live_job *live, const char *level, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* Tell subscribers that no more will come. */
+void live_job_close_events(struct live_job *live);
+
+/* Commit the row as it is now; then answer who waits for its status and schedule. */
+void live_job_commit(struct live_job *live);
+bool live_job_wants(const struct live_job *live, enum job_status status); /* does a client wait for it? */
+/* Begin the end: for a success ending.row.path is set. The rest happens with the store's callbacks. */
+void live_job_end(struct live_job *live, enum job_status status, const char *code, const char *param,
+                  const char *message);
+/* The store refused a write (a full disk, say): log it, and try again a little later. */
+void live_job_retry_later(struct live_job *live, const char *what, const struct error *error);
+
+/* scheduler.c: JOB_STOP to its worker; start what can start. */
+void live_job_stop(struct live_job *live, const char *reason);
+void scheduler_run(struct scheduler *scheduler);
+struct lane *scheduler_lane_of(struct scheduler *scheduler, const struct worker *worker);
+void scheduler_lane_free(struct lane *lane);
+
+#endif
