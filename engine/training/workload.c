@@ -1,0 +1,157 @@
+/* workload.c: see workload.h. */
+#include "engine/training/workload.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+static int check_spec(const struct trainer_options *options, struct error *error)
+{
+    const struct training_spec *spec = &options->spec;
+    struct kernel_device_info info;
+    if (model_ops(options->model)->device_query(model_device(options->model), &info))
+        return error_set(error, ERROR_DEVICE, "cannot query the device");
+    if (info.is_host && spec->precision != PRECISION_FP32)
+        return error_set_param(error, ERROR_UNSUPPORTED, "precision",
+                               "precision %s needs a GPU: the CPU computes in fp32 and nothing else",
+                               training_precision_name(spec->precision));
+    if (!options->validation_file && spec->load_best_at_end)
+        return error_set_param(error, ERROR_INVALID, "load_best_at_end",
+                               "load_best_at_end needs a validation_file: the best is that of the lowest "
+                               "validation loss");
+    if (!options->validation_file && spec->early_stopping_patience)
+        return error_set_param(error, ERROR_INVALID, "early_stopping",
+                               "early_stopping needs a validation_file: it watches the validation loss");
+    return 0;
+}
+
+static int load_data(const struct trainer_options *options, const char *path, const char *param,
+                     struct dataset **ret_dataset, struct trainer_bad_lines *bad, struct error *error)
+{
+    const struct model_config *config = model_config(options->model);
+    const struct dataset_options dataset_options = {
+        .max_seq_len = options->spec.max_seq_len,
+        .truncate = options->spec.truncate,
+        .split_text = options->spec.packing,
+        .eos_id = config->eos_id,
+        .chat_template = config->chat_template[0] ? config->chat_template : NULL,
+    };
+    struct dataset *dataset = NULL;
+    struct error reason = {0};
+    int code = dataset_load(path, options->tokenizer, &dataset_options, &dataset, &reason);
+    if (code) {
+        if (dataset && bad) {
+            bad->file = param;
+            bad->n_line_errors = dataset->n_line_errors;
+            memcpy(bad->line_errors, dataset->line_errors, sizeof bad->line_errors);
+        }
+        error_set_param(error, code, param, "%s", reason.message);
+        goto done;
+    }
+    for (int64_t i = 0; i < dataset->n_tokens; i++) {
+        if (dataset->ids[i] < 0 || dataset->ids[i] >= config->vocab_size) {
+            code = error_set_param(error, ERROR_INVALID, "model",
+                                   "the tokenizer does not fit the model: token %" PRId32
+                                   " lies outside its vocabulary of %" PRId64,
+                                   dataset->ids[i], config->vocab_size);
+            goto done;
+        }
+    }
+    *ret_dataset = dataset;
+    dataset = NULL;
+done:
+    dataset_free(dataset);
+    return code;
+}
+
+/* An epoch's last step takes the micro-batches that are left, however few: none is carried over. */
+static int count_steps(const struct training_spec *spec, struct dataset *training, int64_t *ret_steps,
+                       struct error *error)
+{
+    int64_t steps = 0, per_epoch = 0;
+    for (int64_t epoch = 0; epoch < spec->n_epochs && !spec->max_steps; epoch++) {
+        if (epoch == 0 || spec->packing) /* how bins fill depends on the epoch's order */
+            per_epoch = dataset_batches_per_epoch(training, spec->seed, true, epoch, spec->batch_size,
+                                                  spec->packing, spec->max_seq_len);
+        if (per_epoch < 0)
+            return error_set(error, (int)per_epoch, "cannot lay out the training data");
+        steps += (per_epoch + spec->gradient_accumulation_steps - 1) / spec->gradient_accumulation_steps;
+    }
+    *ret_steps = spec->max_steps ? spec->max_steps : steps;
+    return 0;
+}
+
+/* Widen the bounds by what batches of this set need. */
+static int include_batches(const struct training_spec *spec, const struct dataset *dataset,
+                           struct workload *workload, struct error *error)
+{
+    int64_t tokens = 0;
+    int32_t seqs = 0;
+    int code = dataset_batch_limits(dataset, spec->batch_size, spec->packing, spec->max_seq_len, &tokens,
+                                    &seqs, error);
+    if (code)
+        return code;
+    for (int64_t i = 0; i < dataset->n_examples; i++) {
+        int64_t length = dataset->starts[i + 1] - dataset->starts[i];
+        workload->longest = length > workload->longest ? length : workload->longest;
+    }
+    workload->max_tokens = tokens > workload->max_tokens ? tokens : workload->max_tokens;
+    workload->max_seqs = seqs > workload->max_seqs ? seqs : workload->max_seqs;
+    return 0;
+}
+
+int workload_open(const struct trainer_options *options, struct workload *ret_workload,
+                  struct trainer_bad_lines *ret_bad, struct error *error)
+{
+    const struct training_spec *spec = &options->spec;
+    struct workload workload = {0};
+    int code = check_spec(options, error);
+    if (!code)
+        code =
+            load_data(options, options->training_file, "training_file", &workload.training, ret_bad, error);
+    if (!code && options->validation_file)
+        code = load_data(options, options->validation_file, "validation_file", &workload.validation, ret_bad,
+                         error);
+    if (!code)
+        code = include_batches(spec, workload.training, &workload, error);
+    if (!code && workload.validation)
+        code = include_batches(spec, workload.validation, &workload, error);
+    if (!code)
+        code = count_steps(spec, workload.training, &workload.total_steps, error);
+    if (!code) {
+        const struct plan_request request = {spec->adaptation, spec->lora, workload.max_tokens,
+                                             workload.max_seqs};
+        code = model_plan(options->model, &request, &workload.plan, error);
+    }
+    if (code)
+        workload_close(&workload);
+    else
+        *ret_workload = workload;
+    return code;
+}
+
+void workload_close(struct workload *workload)
+{
+    dataset_free(workload->training);
+    dataset_free(workload->validation);
+    *workload = (struct workload){0};
+}
+
+int trainer_inspect(const struct trainer_options *options, struct trainer_inspection *ret_inspection,
+                    struct trainer_bad_lines *ret_bad, struct error *error)
+{
+    struct workload workload;
+    *ret_bad = (struct trainer_bad_lines){0};
+    int code = workload_open(options, &workload, ret_bad, error);
+    if (code)
+        return code;
+    *ret_inspection = (struct trainer_inspection){
+        .examples = workload.training->n_examples,
+        .tokens = workload.training->n_tokens,
+        .loss_tokens = workload.training->n_loss_tokens,
+        .validation_examples = workload.validation ? workload.validation->n_examples : 0,
+        .total_steps = workload.total_steps,
+        .planned_bytes = workload.plan.total_bytes,
+    };
+    workload_close(&workload);
+    return 0;
+}

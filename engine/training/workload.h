@@ -1,0 +1,24 @@
+/* workload.h: what a job has to do, known before anything is allocated on the device: its data, the largest
+ * micro-batch, the number of steps, the memory plan. The trainer's own; called on its thread. */
+#ifndef ENGINE_TRAINING_WORKLOAD_H
+#define ENGINE_TRAINING_WORKLOAD_H
+
+#include "engine/training/trainer.h"
+
+struct workload {
+    struct dataset *training;
+    struct dataset *validation; /* or NULL */
+    int64_t longest;            /* tokens of the longest example of either */
+    int64_t max_tokens;         /* of any micro-batch of either */
+    int32_t max_seqs;
+    int64_t total_steps;
+    struct memory_plan plan;
+};
+
+/* ret_bad may be NULL. */
+int workload_open(const struct trainer_options *options, struct workload *ret_workload,
+                  struct trainer_bad_lines *ret_bad, struct error *error);
+/* A zeroed one is fine. */
+void workload_close(struct workload *workload);
+
+#endif
