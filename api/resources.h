@@ -62,7 +62,8 @@ struct job_resource {
     char device[32];
 };
 void job_free(struct job_resource *job); /* what it owns, not the struct */
-json_t *job_encode(const struct job_resource *job);
+/* organization: organization_id. now (seconds since 1970) plus the job's ETA is its estimated_finish. */
+json_t *job_encode(const struct job_resource *job, const char *organization, int64_t now);
 
 struct event_resource {
     int64_t sequence; /* grows with time, unique in the daemon; the id is "ftevent-SEQUENCE" */
