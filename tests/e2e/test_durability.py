@@ -1,0 +1,128 @@
+"""A worker or the daemon may be killed at any moment: no accepted job is lost, and its losses are those of the undisturbed run,
+bit for bit."""
+import os
+import signal
+import time
+
+import pytest
+
+from conftest import PATIENCE, STORIES, upload, wait_for
+
+HYPERPARAMETERS = {"n_epochs": 20, "max_steps": 40, "batch_size": 4, "max_seq_len": 64, "packing": False, "learning_rate": 1e-3,
+                   "checkpoint_steps": 7, "eval_steps": 10, "lora": {"rank": 4, "dropout": 0.1}}
+
+
+def start_job(client):
+    return client.fine_tuning.jobs.create(model="hatchling", training_file=upload(client), validation_file=upload(client), seed=11,
+                                          extra_body={"hyperparameters": HYPERPARAMETERS}).id
+
+
+def losses(client, job):
+    events = client.fine_tuning.jobs.list_events(job, limit=100)
+    return [(event.data["step"], event.data["train_loss"], event.data["valid_loss"], event.data["grad_norm"])
+            for event in events if event.type == "metrics"][::-1]
+
+
+def wait_for_step(client, job, step):
+    deadline = time.monotonic() + 60 * PATIENCE
+    while time.monotonic() < deadline:
+        state = client.fine_tuning.jobs.retrieve(job)
+        if state.status == "running" and state.progress["step"] >= step:
+            return
+        assert state.status in ("validating_files", "queued", "running"), state
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {state}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    client = server.openai()
+    job = start_job(client)
+    wait_for(client, job, "succeeded")
+    result = losses(client, job)
+    assert [step for step, *_ in result] == list(range(1, 41)) and sum(valid is not None for _, _, valid, _ in result) == 4
+    return result
+
+
+def test_killed_worker(own_server, undisturbed):
+    server = own_server()
+    client = server.openai()
+    job = start_job(client)
+    for step in (3, 17):
+        wait_for_step(client, job, step)
+        (worker,) = server.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+    wait_for(client, job, "succeeded")
+    assert losses(client, job) == undisturbed
+    assert any("worker died" in event.message for event in client.fine_tuning.jobs.list_events(job, limit=100))
+
+
+@pytest.mark.tsan
+def test_killed_daemon(own_server, undisturbed):
+    server = own_server()
+    client = server.openai()
+    job, waiting = start_job(client), start_job(client)
+    wait_for_step(client, job, 16)
+    server.kill()
+    server.start()
+    client = server.openai()
+    for each in (job, waiting):
+        wait_for(client, each, "succeeded")
+        assert losses(client, each) == undisturbed
+    assert len(list(client.fine_tuning.jobs.list())) == 2
+    assert len([model for model in client.models.list() if model.parent]) == 2
+
+
+def test_stopped_daemon_goes_on(own_server, undisturbed):
+    server = own_server()
+    client = server.openai()
+    job = start_job(client)
+    wait_for_step(client, job, 10)
+    assert server.stop() == 0
+    server.start()
+    client = server.openai()
+    assert client.fine_tuning.jobs.retrieve(job).status in ("queued", "running")
+    wait_for(client, job, "succeeded")
+    assert losses(client, job) == undisturbed
+
+
+def test_paused_job_survives_a_kill(own_server, undisturbed):
+    server = own_server()
+    client = server.openai()
+    job = start_job(client)
+    wait_for_step(client, job, 5)
+    assert client.fine_tuning.jobs.pause(job).status == "paused"
+    server.kill()
+    server.start()
+    client = server.openai()
+    assert client.fine_tuning.jobs.retrieve(job).status == "paused"
+    client.fine_tuning.jobs.resume(job)
+    wait_for(client, job, "succeeded")
+    assert losses(client, job) == undisturbed
+
+
+def test_worker_death_fails_a_completion_and_no_more(own_server):
+    server = own_server()
+    client = server.openai(max_retries=0)
+    stream = client.completions.create(model="hatchling", prompt="The", max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    os.kill(server.worker_pids()[0], signal.SIGKILL)
+    with pytest.raises(Exception, match="worker"):
+        for _ in stream:
+            pass
+    deadline = time.monotonic() + 20 * PATIENCE
+    while server.get("/readyz").status != 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert client.completions.create(model="hatchling", prompt="The", max_tokens=2).choices[0].text
+
+
+def test_acknowledged_files_survive_a_kill(own_server):
+    server = own_server()
+    client = server.openai()
+    files = [upload(client) for _ in range(5)]
+    server.kill()
+    server.start()
+    client = server.openai()
+    for file in files:
+        assert client.files.content(file).read() == STORIES
+    assert not list((server.folder / "data/uploads").iterdir())
