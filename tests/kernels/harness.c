@@ -1,0 +1,302 @@
+#include "tests/kernels/harness.h"
+
+#include <stdio.h>
+
+enum { GUARD_BYTES = 256 };
+static const uint32_t SENTINEL = 0x7fc5e471; /* a quiet NaN, as float and as either half of it in 16 bits */
+
+uint64_t random_next(struct session *session)
+{
+    uint64_t z = session->random += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+}
+
+float random_float(struct session *session, float low, float high)
+{
+    return low + (high - low) * ((float)(random_next(session) >> 40) * 0x1p-24f);
+}
+
+void session_open(struct session *session, const struct kernel_ops *ops, int threads)
+{
+    memset(session, 0, sizeof(*session));
+    session->ops = ops;
+    session->random = 2024;
+    assert_int_equal(ops->device_open(0, threads, &session->device), KERNEL_OK);
+}
+
+void session_close(struct session *session)
+{
+    for (int i = 0; i < session->n_blocks; i++) {
+        free(session->blocks[i].allocation);
+        free(session->blocks[i].before);
+    }
+    session->ops->device_close(session->device);
+}
+
+static void fill_sentinels(unsigned char *at, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++)
+        at[i] = (unsigned char)(SENTINEL >> 8 * (i % 4));
+}
+
+/* Every other array lies 4 bytes off a cache line: an op is handed slices and may count on nothing better. */
+static void *add_block(struct session *session, const char *name, enum block_kind kind, enum kernel_type type,
+                       int64_t rows, int64_t columns, int64_t stride)
+{
+    assert_true(session->n_blocks < BLOCKS_MAX);
+    struct block *block = &session->blocks[session->n_blocks++];
+    *block = (struct block){
+        .name = name, .kind = kind, .type = type, .rows = rows, .columns = columns, .stride = stride};
+    int64_t elements = rows > 0 ? (rows - 1) * stride + columns : 0;
+    block->bytes = (size_t)elements * kernel_type_size(type);
+    size_t total = block->bytes + 2 * GUARD_BYTES;
+    block->allocation = aligned_alloc(64, (total + 4 + 63) / 64 * 64);
+    assert_non_null(block->allocation);
+    block->raw = block->allocation + (kind != BLOCK_SCRATCH && session->n_blocks % 2 == 1 ? 4 : 0);
+    fill_sentinels(block->raw, total);
+    return block->raw + GUARD_BYTES;
+}
+
+/* To be called when the content stands. */
+static void keep_copy(struct session *session)
+{
+    struct block *block = &session->blocks[session->n_blocks - 1];
+    size_t total = block->bytes + 2 * GUARD_BYTES;
+    block->before = malloc(total);
+    assert_non_null(block->before);
+    memcpy(block->before, block->raw, total);
+}
+
+float *input_rows(struct session *session, const char *name, int64_t rows, int64_t columns, int64_t stride,
+                  float low, float high)
+{
+    float *data = add_block(session, name, BLOCK_INPUT, TYPE_F32, rows, columns, stride);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++)
+            data[r * stride + c] = random_float(session, low, high);
+    keep_copy(session);
+    return data;
+}
+
+float *input_floats(struct session *session, const char *name, int64_t count, float low, float high)
+{
+    return input_rows(session, name, 1, count, count, low, high);
+}
+
+void *input_weights(struct session *session, const char *name, enum kernel_type type, int64_t rows,
+                    int64_t columns, int64_t stride, float low, float high)
+{
+    char *data = add_block(session, name, BLOCK_INPUT, type, rows, columns, stride);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < columns; c++) {
+            float value = random_float(session, low, high);
+            void *to = data + (size_t)(r * stride + c) * kernel_type_size(type);
+            assert_int_equal(kernels_reference()->cast(session->device, to, type, &value, TYPE_F32, 1), 0);
+        }
+    }
+    keep_copy(session);
+    return data;
+}
+
+int32_t *input_ids(struct session *session, const char *name, int64_t count, int32_t low, int32_t high)
+{
+    int32_t *data = add_block(session, name, BLOCK_INPUT, TYPE_I32, 1, count, count);
+    for (int64_t i = 0; i < count; i++)
+        data[i] = low + (int32_t)(random_next(session) % (uint64_t)(high - low));
+    keep_copy(session);
+    return data;
+}
+
+void inputs_settle(struct session *session)
+{
+    for (int i = 0; i < session->n_blocks; i++)
+        memcpy(session->blocks[i].before, session->blocks[i].raw, session->blocks[i].bytes + 2 * GUARD_BYTES);
+}
+
+float *output_rows(struct session *session, const char *name, int64_t rows, int64_t columns, int64_t stride,
+                   double tolerance)
+{
+    float *data = add_block(session, name, BLOCK_OUTPUT, TYPE_F32, rows, columns, stride);
+    session->blocks[session->n_blocks - 1].tolerance = tolerance;
+    keep_copy(session);
+    return data;
+}
+
+float *output_floats(struct session *session, const char *name, int64_t count, double tolerance)
+{
+    return output_rows(session, name, 1, count, count, tolerance);
+}
+
+int32_t *output_ids(struct session *session, const char *name, int64_t count)
+{
+    int32_t *data = add_block(session, name, BLOCK_OUTPUT, TYPE_I32, 1, count, count);
+    keep_copy(session);
+    return data;
+}
+
+float *accumulated_rows(struct session *session, const char *name, int64_t rows, int64_t columns,
+                        int64_t stride, double tolerance)
+{
+    float *data = input_rows(session, name, rows, columns, stride, -1, 1);
+    session->blocks[session->n_blocks - 1].kind = BLOCK_OUTPUT;
+    session->blocks[session->n_blocks - 1].tolerance = tolerance;
+    return data;
+}
+
+void *scratch_bytes(struct session *session, const char *name, int64_t bytes)
+{
+    int64_t count = (bytes + 3) / 4;
+    void *data = add_block(session, name, BLOCK_SCRATCH, TYPE_F32, 1, count, count);
+    keep_copy(session);
+    return data;
+}
+
+int32_t *cut_tokens(struct session *session, enum cut cut, int64_t tokens, int32_t *ret_n_seqs)
+{
+    static const int32_t lengths[] = {1, 63, 2, 64, 65, 3, 128, 5};
+    int32_t *starts = add_block(session, "seq_starts", BLOCK_INPUT, TYPE_I32, 1, tokens + 4, tokens + 4);
+    int32_t n = 0;
+    starts[0] = 0;
+    if (cut == CUT_EMPTY_ENDS)
+        starts[++n] = 0;
+    while (starts[n] < tokens) {
+        int64_t length = tokens;
+        if (cut == CUT_SINGLES)
+            length = 1;
+        else if (cut == CUT_MIXED)
+            length = lengths[n % 8];
+        int64_t end = starts[n] + length;
+        starts[++n] = (int32_t)(end < tokens ? end : tokens);
+    }
+    if (cut == CUT_EMPTY_ENDS) {
+        starts[n + 1] = starts[n];
+        n++;
+    }
+    keep_copy(session);
+    *ret_n_seqs = n;
+    return starts;
+}
+
+int32_t *permuted_slots(struct session *session, int32_t count)
+{
+    int32_t *slots = add_block(session, "slots", BLOCK_INPUT, TYPE_I32, 1, count, count);
+    for (int32_t i = 0; i < count; i++)
+        slots[i] = i;
+    for (int32_t i = count - 1; i > 0; i--) {
+        int32_t j = (int32_t)(random_next(session) % (uint64_t)(i + 1));
+        int32_t other = slots[j];
+        slots[j] = slots[i];
+        slots[i] = other;
+    }
+    keep_copy(session);
+    return slots;
+}
+
+/* ---- checks ---- */
+
+static bool may_change(const struct block *block, size_t offset)
+{
+    if (block->kind == BLOCK_INPUT || offset < GUARD_BYTES || offset >= GUARD_BYTES + block->bytes)
+        return false;
+    int64_t element = (int64_t)((offset - GUARD_BYTES) / kernel_type_size(block->type));
+    return element % block->stride < block->columns;
+}
+
+static void check_block(const struct session *session, const struct block *block)
+{
+    size_t total = block->bytes + 2 * GUARD_BYTES;
+    for (size_t i = 0; i < total; i++)
+        if (block->raw[i] != block->before[i] && !may_change(block, i))
+            fail_msg("%s: byte %td of %s was written", session->label, (ptrdiff_t)i - GUARD_BYTES,
+                     block->name);
+}
+
+static void compare_ids(const struct session *session, const struct block *block,
+                        const struct block *expected)
+{
+    const int32_t *a = (const int32_t *)(block->raw + GUARD_BYTES);
+    const int32_t *b = (const int32_t *)(expected->raw + GUARD_BYTES);
+    for (int64_t i = 0; i < block->columns; i++)
+        if (a[i] != b[i])
+            fail_msg("%s: %s[%lld] is %d, not %d", session->label, block->name, (long long)i, a[i], b[i]);
+}
+
+static void compare_floats(const struct session *session, const struct block *block,
+                           const struct block *expected)
+{
+    const float *a = (const float *)(block->raw + GUARD_BYTES);
+    const float *b = (const float *)(expected->raw + GUARD_BYTES);
+    double error = 0, scale = 0;
+    for (int64_t r = 0; r < block->rows; r++) {
+        for (int64_t c = 0; c < block->columns; c++) {
+            double x = (double)a[r * block->stride + c], y = (double)b[r * block->stride + c];
+            if (isnan(x) || isnan(y))
+                fail_msg("%s: %s[%lld,%lld] is %g, not %g", session->label, block->name, (long long)r,
+                         (long long)c, x, y);
+            error += (x - y) * (x - y);
+            scale += y * y;
+        }
+    }
+    if (!(error <= block->tolerance * scale || error == 0))
+        fail_msg("%s: %s has normalised error %.3g, more than %.3g", session->label, block->name,
+                 error / scale, block->tolerance);
+}
+
+static void compare_sessions(const struct session *session, const struct session *expected, bool exactly)
+{
+    assert_int_equal(session->n_blocks, expected->n_blocks);
+    for (int i = 0; i < session->n_blocks; i++) {
+        const struct block *a = &session->blocks[i], *b = &expected->blocks[i];
+        if (a->kind != BLOCK_OUTPUT)
+            continue;
+        if (exactly && memcmp(a->raw, b->raw, a->bytes + 2 * GUARD_BYTES) != 0)
+            fail_msg("%s: %s differs from the same with one thread", session->label, a->name);
+        if (!exactly && a->type == TYPE_I32)
+            compare_ids(session, a, b);
+        else if (!exactly)
+            compare_floats(session, a, b);
+    }
+}
+
+static void run_case(struct session *session, case_function function, const void *param, const char *label,
+                     const char *how)
+{
+    snprintf(session->label, sizeof(session->label), "%s [%s]", label, how);
+    function(session, param);
+    for (int i = 0; i < session->n_blocks; i++)
+        check_block(session, &session->blocks[i]);
+}
+
+void compare_backends(case_function function, const void *param, const char *format, ...)
+{
+    static const char *const isa_names[CPU_ISA_COUNT] = {"plain", "AVX2", "AVX-512"};
+    char label[96], how[32];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(label, sizeof(label), format, args);
+    va_end(args);
+
+    struct session reference;
+    session_open(&reference, kernels_reference(), 1);
+    run_case(&reference, function, param, label, "reference");
+    for (enum cpu_isa isa = CPU_PLAIN; isa <= cpu_isa_detect(); isa++) {
+        struct session one, more;
+        session_open(&one, kernels_cpu(), 1);
+        one.device->isa = isa;
+        snprintf(how, sizeof(how), "%s, 1 thread", isa_names[isa]);
+        run_case(&one, function, param, label, how);
+        compare_sessions(&one, &reference, false);
+        for (int threads = 2; threads <= 3; threads++) {
+            session_open(&more, kernels_cpu(), threads);
+            more.device->isa = isa;
+            snprintf(how, sizeof(how), "%s, %d threads", isa_names[isa], threads);
+            run_case(&more, function, param, label, how);
+            compare_sessions(&more, &one, true);
+            session_close(&more);
+        }
+        session_close(&one);
+    }
+    session_close(&reference);
+}

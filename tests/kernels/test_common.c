@@ -1,0 +1,280 @@
+/* Types, conversions, random numbers, the thread pool, what an op says to arguments that cannot be. */
+#include "tests/kernels/harness.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#include "kernels/cpu/convert.h"
+#include "kernels/philox.h"
+
+static void test_names(void **state)
+{
+    (void)state;
+    assert_int_equal(kernel_type_size(TYPE_F32), 4);
+    assert_int_equal(kernel_type_size(TYPE_BF16), 2);
+    assert_int_equal(kernel_type_size(TYPE_F16), 2);
+    assert_int_equal(kernel_type_size(TYPE_I32), 4);
+    assert_string_equal(kernel_type_name(TYPE_BF16), "bfloat16");
+    assert_string_equal(kernel_type_name((enum kernel_type)99), "unknown");
+    for (int status = KERNEL_DEVICE_LOST - 1; status <= 1; status++)
+        assert_non_null(kernel_status_text(status));
+}
+
+/* Random123's known answers for philox4x32 with 10 rounds. */
+static void test_philox(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t counter[4], key[2], expected[4];
+    } answers[] = {
+        {{0, 0, 0, 0}, {0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+        {{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff},
+         {0xffffffff, 0xffffffff},
+         {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+        {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+         {0xa4093822, 0x299f31d0},
+         {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+    };
+    for (size_t i = 0; i < sizeof(answers) / sizeof(answers[0]); i++) {
+        uint32_t words[4];
+        philox_block(answers[i].key, answers[i].counter, words);
+        assert_memory_equal(words, answers[i].expected, sizeof(words));
+    }
+    assert_true(philox_uniform(0, 0) == (float)(0x6627e8d5 >> 8) * 0x1p-24f);
+
+    const uint32_t key[2] = {0x11, 0x22}, counter[4] = {0x33, 0x44, 0, 0};
+    uint32_t words[4];
+    philox_block(key, counter, words);
+    assert_true(philox_uniform(0x2200000011, 0x4400000033) == (float)(words[0] >> 8) * 0x1p-24f);
+
+    double sum = 0;
+    for (uint64_t i = 0; i < 100000; i++) {
+        float u = philox_uniform(42, i);
+        assert_true(u >= 0 && u < 1);
+        sum += (double)u;
+    }
+    assert_true(fabs(sum / 100000 - 0.5) < 0.004);
+}
+
+static void test_half_conversions(void **state)
+{
+    (void)state;
+    static const struct {
+        float value;
+        uint16_t f16, bf16;
+    } known[] = {
+        {0.0f, 0x0000, 0x0000},           {-0.0f, 0x8000, 0x8000},
+        {1.0f, 0x3c00, 0x3f80},           {-2.0f, 0xc000, 0xc000},
+        {65504.0f, 0x7bff, 0x4780},       {65519.0f, 0x7bff, 0x4780},
+        {65520.0f, 0x7c00, 0x4780},       {0x1p-14f, 0x0400, 0x3880},
+        {0x1p-24f, 0x0001, 0x3380},       {0x1p-25f, 0x0000, 0x3300},
+        {0x1.8p-24f, 0x0002, 0x33c0},     {0x1.000002p-25f, 0x0001, 0x3300},
+        {INFINITY, 0x7c00, 0x7f80},       {-INFINITY, 0xfc00, 0xff80},
+        {1.00048828125f, 0x3c00, 0x3f80}, {1.00146484375f, 0x3c02, 0x3f80},
+        {1.00390625f, 0x3c04, 0x3f80},    {1.01171875f, 0x3c0c, 0x3f82},
+        {3.4e38f, 0x7c00, 0x7f80},        {0x1p-140f, 0x0000, 0x0000 + (1 << 16 >> 16 >> 7)},
+    };
+    for (size_t i = 0; i + 1 < sizeof(known) / sizeof(known[0]); i++) {
+        assert_int_equal(f16_from_float(known[i].value), known[i].f16);
+        assert_int_equal(bf16_from_float(known[i].value), known[i].bf16);
+    }
+    for (uint32_t h = 0; h < 0x10000; h++) { /* every value of either type comes back */
+        float f = f16_to_float((uint16_t)h), b = bf16_to_float((uint16_t)h);
+        if (isnan(f))
+            assert_true(isnan(f16_to_float(f16_from_float(f))));
+        else
+            assert_int_equal(f16_from_float(f), h);
+        if (isnan(b))
+            assert_true(isnan(bf16_to_float(bf16_from_float(b))));
+        else
+            assert_int_equal(bf16_from_float(b), h);
+    }
+}
+
+/* NaN and infinity survive every conversion at every place in a vector. */
+static void test_cast_not_finite(void **state)
+{
+    (void)state;
+    static const enum kernel_type types[] = {TYPE_F32, TYPE_BF16, TYPE_F16};
+    struct session s;
+    session_open(&s, kernels_cpu(), 2);
+    for (enum cpu_isa isa = CPU_PLAIN; isa <= cpu_isa_detect(); isa++) {
+        s.device->isa = isa;
+        for (int i = 0; i < 9; i++) {
+            float values[37] = {0}, back[37];
+            uint32_t mid[37], to[37];
+            for (int at = 0; at < 37; at++) {
+                uint32_t payload = 0xff800001; /* a signalling NaN whose payload lies in the low bits */
+                memcpy(&values[at], &payload, 4);
+                values[(at + 1) % 37] = -INFINITY;
+                assert_int_equal(s.ops->cast(s.device, mid, types[i % 3], values, TYPE_F32, 37), KERNEL_OK);
+                assert_int_equal(s.ops->cast(s.device, to, types[i / 3], mid, types[i % 3], 37), KERNEL_OK);
+                assert_int_equal(s.ops->cast(s.device, back, TYPE_F32, to, types[i / 3], 37), KERNEL_OK);
+                for (int j = 0; j < 37; j++)
+                    assert_true(j == at              ? isnan(back[j])
+                                : j == (at + 1) % 37 ? back[j] == -INFINITY
+                                                     : back[j] == 0);
+                values[at] = values[(at + 1) % 37] = 0;
+            }
+        }
+    }
+    session_close(&s);
+}
+
+static void test_chunk_count(void **state)
+{
+    (void)state;
+    const int32_t lengths[] = {0, 0, 1, 64, 129, 193};
+    assert_int_equal(scan_chunk_count(lengths, 5), 0 + 1 + 1 + 2 + 1);
+    assert_int_equal(scan_chunk_count(lengths, 0), 0);
+}
+
+enum { TASKS = 1000 };
+struct tally {
+    int32_t counts[TASKS], threads[TASKS];
+    _Atomic int32_t running[8];
+    _Atomic bool overlap;
+    int n_threads;
+};
+
+static void tally_task(void *arg, int64_t index, int thread)
+{
+    struct tally *tally = arg;
+    if (thread < 0 || thread >= tally->n_threads || atomic_fetch_add(&tally->running[thread], 1) != 0)
+        atomic_store(&tally->overlap, true);
+    tally->counts[index]++;
+    tally->threads[index] = thread;
+    atomic_fetch_sub(&tally->running[thread], 1);
+}
+
+/* Every index once, whatever the number of tasks and threads, awake or asleep. */
+static void test_parallel(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = {0, 1, 2, 3, 7, 100, TASKS};
+    for (int threads = 1; threads <= 5; threads++) {
+        struct session s;
+        session_open(&s, kernels_cpu(), threads);
+        for (int round = 0; round < 400; round++) {
+            struct tally tally = {.n_threads = threads};
+            int64_t n = sizes[round % 7];
+            if (round % 80 == 0)
+                nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
+            cpu_parallel(s.device, n, tally_task, &tally);
+            for (int64_t i = 0; i < TASKS; i++)
+                assert_int_equal(tally.counts[i], i < n);
+            assert_false(atomic_load(&tally.overlap));
+        }
+        session_close(&s);
+    }
+}
+
+static void slow_task(void *arg, int64_t index, int thread)
+{
+    (void)index;
+    (void)thread;
+    nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    atomic_fetch_add((_Atomic int *)arg, 1);
+}
+
+/* The owner sleeps while others work, and comes back. */
+static void test_parallel_slow_tasks(void **state)
+{
+    (void)state;
+    struct session s;
+    session_open(&s, kernels_cpu(), 3);
+    for (int round = 0; round < 10; round++) {
+        _Atomic int done = 0;
+        cpu_parallel(s.device, 4, slow_task, &done);
+        assert_int_equal(atomic_load(&done), 4);
+    }
+    session_close(&s);
+}
+
+static void test_device(void **state)
+{
+    (void)state;
+    const struct kernel_ops *ops = kernels_cpu();
+    struct kernel_device *device = NULL;
+    assert_int_equal(ops->device_open(1, 1, &device), KERNEL_INVALID);
+    assert_int_equal(ops->device_open(0, -1, &device), KERNEL_INVALID);
+    assert_null(device);
+    assert_int_equal(ops->device_open(0, 0, &device), KERNEL_OK);
+    struct kernel_device_info info;
+    assert_int_equal(ops->device_query(device, &info), KERNEL_OK);
+    assert_true(info.threads >= 1 && info.is_host);
+    assert_true(info.total_bytes > 0 && info.free_bytes > 0 && info.free_bytes <= info.total_bytes);
+    assert_memory_equal(info.name, "cpu (", 5);
+
+    void *pointer = NULL;
+    assert_int_equal(ops->memory_alloc(device, 1001, &pointer), KERNEL_OK);
+    assert_int_equal((uintptr_t)pointer % 64, 0);
+    assert_int_equal(ops->zero(device, pointer, 1001), KERNEL_OK);
+    assert_int_equal(ops->copy_in(device, pointer, "adder", 5), KERNEL_OK);
+    char text[6] = {0};
+    assert_int_equal(ops->copy_out(device, text, pointer, 5), KERNEL_OK);
+    assert_string_equal(text, "adder");
+    ops->memory_free(device, pointer);
+    void *none = NULL;
+    assert_int_equal(ops->memory_alloc(device, 0, &pointer), KERNEL_OK);
+    ops->memory_free(device, pointer);
+    assert_int_equal(ops->memory_alloc(device, SIZE_MAX - 1, &none), KERNEL_NO_MEMORY);
+    assert_null(none);
+    assert_int_equal(ops->synchronize(device), KERNEL_OK);
+    ops->device_close(device);
+    ops->device_close(NULL);
+}
+
+/* What cannot be is refused before anything is touched: all pointers here are null. */
+static void test_refusals(void **state)
+{
+    (void)state;
+    const struct kernel_ops *const backends[] = {kernels_reference(), kernels_cpu()};
+    const int32_t starts[] = {0, 3, 2};
+    for (int i = 0; i < 2; i++) {
+        struct session s;
+        session_open(&s, backends[i], 1);
+        struct gemm_args gemm = {.m = 2, .n = 2, .k = 2, .a_stride = 1, .b_stride = 2, .c_stride = 2};
+        assert_int_equal(s.ops->gemm(s.device, &gemm), KERNEL_INVALID);
+        gemm.a_stride = 2;
+        gemm.act = TYPE_BF16;
+        assert_int_equal(s.ops->gemm(s.device, &gemm), KERNEL_UNSUPPORTED);
+        gemm.act = TYPE_F32;
+        gemm.b_type = TYPE_I32;
+        assert_int_equal(s.ops->gemm(s.device, &gemm), KERNEL_UNSUPPORTED);
+        struct lora_forward_args lora = {
+            .rows = 1, .in = 1, .out = 1, .rank = 1, .x_stride = 1, .y_stride = 1};
+        lora.dropout = 1.0f;
+        assert_int_equal(s.ops->lora_forward(s.device, &lora), KERNEL_INVALID);
+        struct rmsnorm_forward_args norm = {.rows = -1, .d = 4};
+        assert_int_equal(s.ops->rmsnorm_forward(s.device, &norm), KERNEL_INVALID);
+        struct conv_forward_args conv = {.tokens = 2, .n_seqs = 2, .seq_starts = starts, .width = 4};
+        assert_int_equal(s.ops->conv_forward(s.device, &conv), KERNEL_INVALID);
+        struct scan_forward_args scan = {
+            .tokens = 2, .n_seqs = 2, .seq_starts = starts, .d_state = 4, .b_stride = 4, .c_stride = 4};
+        assert_int_equal(s.ops->scan_forward(s.device, &scan), KERNEL_INVALID);
+        struct head_args head = {.rows = 1, .d_model = 4, .vocab = 4, .workspace_bytes = 0};
+        assert_int_equal(s.ops->head(s.device, &head), KERNEL_INVALID);
+        struct adamw_args adamw = {.step = 0};
+        assert_int_equal(s.ops->adamw(s.device, &adamw), KERNEL_INVALID);
+        assert_int_equal(s.ops->cast(s.device, NULL, TYPE_I32, NULL, TYPE_F32, 1), KERNEL_UNSUPPORTED);
+        session_close(&s);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_philox),
+        cmocka_unit_test(test_half_conversions),
+        cmocka_unit_test(test_cast_not_finite),
+        cmocka_unit_test(test_chunk_count),
+        cmocka_unit_test(test_parallel),
+        cmocka_unit_test(test_parallel_slow_tasks),
+        cmocka_unit_test(test_device),
+        cmocka_unit_test(test_refusals),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,304 @@
+/* Matrix product, low-rank path, embedding, norm, casts: the CPU backend against the reference. */
+#include "tests/kernels/harness.h"
+
+static const enum kernel_type weight_types[] = {TYPE_F32, TYPE_BF16, TYPE_F16};
+
+struct gemm_case {
+    int64_t m, n, k;
+    bool transpose_a, transpose_b;
+    enum kernel_type b_type;
+    float alpha, beta;
+    int64_t gap; /* stride beyond the row */
+};
+
+static void gemm_case(struct session *s, const void *param)
+{
+    const struct gemm_case *p = param;
+    int64_t a_rows = p->transpose_a ? p->k : p->m, a_columns = p->transpose_a ? p->m : p->k;
+    int64_t b_rows = p->transpose_b ? p->n : p->k, b_columns = p->transpose_b ? p->k : p->n;
+    struct gemm_args args = {
+        .m = p->m,
+        .n = p->n,
+        .k = p->k,
+        .transpose_a = p->transpose_a,
+        .transpose_b = p->transpose_b,
+        .alpha = p->alpha,
+        .beta = p->beta,
+        .a = input_rows(s, "a", a_rows, a_columns, a_columns + p->gap, -1, 1),
+        .a_stride = a_columns + p->gap,
+        .b = input_weights(s, "b", p->b_type, b_rows, b_columns, b_columns + p->gap, -1, 1),
+        .b_stride = b_columns + p->gap,
+        .c = p->beta != 0.0f ? accumulated_rows(s, "c", p->m, p->n, p->n + p->gap, SUMMED)
+                             : output_rows(s, "c", p->m, p->n, p->n + p->gap, SUMMED),
+        .c_stride = p->n + p->gap,
+        .b_type = p->b_type,
+    };
+    assert_int_equal(s->ops->gemm(s->device, &args), KERNEL_OK);
+}
+
+static void test_gemm(void **state)
+{
+    (void)state;
+    static const int64_t sizes[][3] = {{1, 1, 1},   {3, 5, 7},     {1, 64, 96},  {1, 151, 65}, {2, 33, 64},
+                                       {4, 48, 16}, {16, 40, 130}, {63, 65, 64}, {65, 17, 63}, {151, 96, 48},
+                                       {7, 1, 300}, {1134, 20, 8}, {8, 300, 1}};
+    static const float scales[][2] = {{1, 0}, {1, 1}, {0.5f, 0.25f}};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        for (int variant = 0; variant < 4 * 3 * 3; variant++) {
+            struct gemm_case p = {
+                .m = sizes[i][0],
+                .n = sizes[i][1],
+                .k = sizes[i][2],
+                .transpose_a = variant & 1,
+                .transpose_b = variant >> 1 & 1,
+                .b_type = weight_types[variant / 4 % 3],
+                .alpha = scales[variant / 12][0],
+                .beta = scales[variant / 12][1],
+                .gap = variant % 2 == 0 ? 0 : 3,
+            };
+            compare_backends(gemm_case, &p, "gemm %lldx%lldx%lld ta %d tb %d %s beta %g", (long long)p.m,
+                             (long long)p.n, (long long)p.k, p.transpose_a, p.transpose_b,
+                             kernel_type_name(p.b_type), (double)p.beta);
+        }
+    }
+}
+
+/* With beta 0 what C held does not matter, not even NaN; an inner size of 0 leaves beta C. */
+static void test_gemm_edges(void **state)
+{
+    (void)state;
+    struct gemm_case p = {.m = 5, .n = 18, .k = 0, .b_type = TYPE_F32, .alpha = 1, .beta = 0.5f};
+    compare_backends(gemm_case, &p, "gemm with k 0, beta 0.5");
+    p.beta = 0;
+    compare_backends(gemm_case, &p, "gemm with k 0, beta 0");
+    p = (struct gemm_case){.m = 0, .n = 18, .k = 4, .transpose_b = true, .b_type = TYPE_BF16, .alpha = 1};
+    compare_backends(gemm_case, &p, "gemm without rows");
+}
+
+struct lora_case {
+    int64_t rows, in, out, rank;
+    float dropout;
+    bool with_dx;
+    int64_t gap;
+};
+
+static void lora_case(struct session *s, const void *param)
+{
+    const struct lora_case *p = param;
+    int64_t in_stride = p->in + p->gap, out_stride = p->out + p->gap;
+    struct lora_forward_args f = {
+        .rows = p->rows,
+        .in = p->in,
+        .out = p->out,
+        .rank = p->rank,
+        .x = input_rows(s, "x", p->rows, p->in, in_stride, -1, 1),
+        .x_stride = in_stride,
+        .a = input_floats(s, "a", p->rank * p->in, -1, 1),
+        .b = input_floats(s, "b", p->out * p->rank, -1, 1),
+        .scale = 1.5f,
+        .dropout = p->dropout,
+        .seed = 0x123456789abcdef0,
+        .offset = 0xfffffff0, /* the counter crosses 32 bits */
+        .u = output_floats(s, "u", p->rows * p->rank, SUMMED),
+        .y = accumulated_rows(s, "y", p->rows, p->out, out_stride, SUMMED),
+        .y_stride = out_stride,
+    };
+    assert_int_equal(s->ops->lora_forward(s->device, &f), KERNEL_OK);
+    struct lora_backward_args b = {
+        .rows = p->rows,
+        .in = p->in,
+        .out = p->out,
+        .rank = p->rank,
+        .x = f.x,
+        .x_stride = in_stride,
+        .a = f.a,
+        .b = f.b,
+        .scale = f.scale,
+        .dropout = f.dropout,
+        .seed = f.seed,
+        .offset = f.offset,
+        .u = f.u,
+        .dy = input_rows(s, "dy", p->rows, p->out, out_stride, -1, 1),
+        .dy_stride = out_stride,
+        .dx = p->with_dx ? accumulated_rows(s, "dx", p->rows, p->in, in_stride, SUMMED) : NULL,
+        .dx_stride = in_stride,
+        .da = accumulated_rows(s, "da", p->rank, p->in, p->in, SUMMED),
+        .db = accumulated_rows(s, "db", p->out, p->rank, p->rank, SUMMED),
+        .du = scratch_bytes(s, "du", p->rows * p->rank * 4),
+    };
+    assert_int_equal(s->ops->lora_backward(s->device, &b), KERNEL_OK);
+}
+
+static void test_lora(void **state)
+{
+    (void)state;
+    static const int64_t rows[] = {1, 3, 63, 64, 65, 151};
+    static const int64_t ranks[] = {1, 4, 8, 64};
+    for (size_t i = 0; i < 6; i++) {
+        for (size_t j = 0; j < 4; j++) {
+            struct lora_case p = {.rows = rows[i],
+                                  .in = i % 2 == 0 ? 40 : 33,
+                                  .out = j % 2 == 0 ? 50 : 19,
+                                  .rank = ranks[j],
+                                  .dropout = (i + j) % 2 == 0 ? 0.0f : 0.25f,
+                                  .with_dx = (i + j) % 3 != 0,
+                                  .gap = (int64_t)(i * j % 4)};
+            compare_backends(lora_case, &p, "lora rows %lld rank %lld dropout %g", (long long)p.rows,
+                             (long long)p.rank, (double)p.dropout);
+        }
+    }
+    struct lora_case p = {.rows = 1134, .in = 24, .out = 48, .rank = 8, .dropout = 0.1f, .with_dx = true};
+    compare_backends(lora_case, &p, "lora rows 1134");
+}
+
+struct embedding_case {
+    int64_t tokens, vocab, d_model, rank;
+    enum kernel_type type;
+    bool with_table;
+};
+
+static void embedding_case(struct session *s, const void *param)
+{
+    const struct embedding_case *p = param;
+    struct embedding_forward_args f = {
+        .tokens = p->tokens,
+        .vocab = p->vocab,
+        .d_model = p->d_model,
+        .ids = input_ids(s, "ids", p->tokens, 0, (int32_t)p->vocab),
+        .table = input_weights(s, "table", p->type, p->vocab, p->d_model, p->d_model, -1, 1),
+        .table_type = p->type,
+        .rank = p->rank,
+        .lora_a = p->rank > 0 ? input_floats(s, "lora_a", p->rank * p->vocab, -1, 1) : NULL,
+        .lora_b = p->rank > 0 ? input_floats(s, "lora_b", p->d_model * p->rank, -1, 1) : NULL,
+        .scale = 0.75f,
+        .y = output_rows(s, "y", p->tokens, p->d_model, p->d_model, SUMMED),
+    };
+    assert_int_equal(s->ops->embedding_forward(s->device, &f), KERNEL_OK);
+    struct embedding_backward_args b = {
+        .tokens = p->tokens,
+        .vocab = p->vocab,
+        .d_model = p->d_model,
+        .ids = f.ids,
+        .dy = input_floats(s, "dy", p->tokens * p->d_model, -1, 1),
+        .dtable =
+            p->with_table ? accumulated_rows(s, "dtable", p->vocab, p->d_model, p->d_model, SUMMED) : NULL,
+        .rank = p->rank,
+        .lora_a = f.lora_a,
+        .lora_b = f.lora_b,
+        .scale = f.scale,
+        .da = p->rank > 0 ? accumulated_rows(s, "da", p->rank, p->vocab, p->vocab, SUMMED) : NULL,
+        .db = p->rank > 0 ? accumulated_rows(s, "db", p->d_model, p->rank, p->rank, SUMMED) : NULL,
+    };
+    assert_int_equal(s->ops->embedding_backward(s->device, &b), KERNEL_OK);
+}
+
+static void test_embedding(void **state)
+{
+    (void)state;
+    static const int64_t tokens[] = {1, 3, 63, 64, 65, 151, 1134};
+    static const int64_t ranks[] = {0, 1, 4, 8, 64};
+    for (size_t i = 0; i < 7; i++) {
+        for (size_t j = 0; j < 5; j++) {
+            struct embedding_case p = {.tokens = tokens[i],
+                                       .vocab = i % 2 == 0 ? 13 : 130,
+                                       .d_model = j % 2 == 0 ? 33 : 64,
+                                       .rank = ranks[j],
+                                       .type = weight_types[(i + j) % 3],
+                                       .with_table = ranks[j] == 0 || i % 2 == 0};
+            compare_backends(embedding_case, &p, "embedding tokens %lld rank %lld %s", (long long)p.tokens,
+                             (long long)p.rank, kernel_type_name(p.type));
+        }
+    }
+}
+
+struct rmsnorm_case {
+    int64_t rows, d;
+    bool with_x, in_place, with_rstd, with_dweight;
+};
+
+static void rmsnorm_case(struct session *s, const void *param)
+{
+    const struct rmsnorm_case *p = param;
+    float *residual = p->in_place ? accumulated_rows(s, "residual", p->rows, p->d, p->d, ELEMENTWISE)
+                                  : input_floats(s, "residual", p->rows * p->d, -2, 2);
+    struct rmsnorm_forward_args f = {
+        .rows = p->rows,
+        .d = p->d,
+        .x = p->with_x ? input_floats(s, "x", p->rows * p->d, -1, 1) : NULL,
+        .residual = residual,
+        .weight = input_floats(s, "weight", p->d, 0.5f, 1.5f),
+        .eps = 1e-5f,
+        .residual_out =
+            p->in_place ? residual : output_floats(s, "residual_out", p->rows * p->d, ELEMENTWISE),
+        .y = output_floats(s, "y", p->rows * p->d, ELEMENTWISE),
+        .rstd = p->with_rstd ? output_floats(s, "rstd", p->rows, ELEMENTWISE) : NULL,
+    };
+    assert_int_equal(s->ops->rmsnorm_forward(s->device, &f), KERNEL_OK);
+    struct rmsnorm_backward_args b = {
+        .rows = p->rows,
+        .d = p->d,
+        .dy = input_floats(s, "dy", p->rows * p->d, -1, 1),
+        .r = input_floats(s, "r", p->rows * p->d, -2, 2),
+        .rstd = input_floats(s, "rstd_in", p->rows, 0.2f, 2),
+        .weight = f.weight,
+        .dresidual = accumulated_rows(s, "dresidual", p->rows, p->d, p->d, SUMMED),
+        .dweight = p->with_dweight ? accumulated_rows(s, "dweight", 1, p->d, p->d, SUMMED) : NULL,
+        .workspace = scratch_bytes(s, "workspace", s->ops->rmsnorm_backward_workspace(p->rows, p->d)),
+    };
+    assert_int_equal(s->ops->rmsnorm_backward(s->device, &b), KERNEL_OK);
+}
+
+static void test_rmsnorm(void **state)
+{
+    (void)state;
+    static const int64_t rows[] = {0, 1, 3, 63, 64, 65, 151, 1134};
+    static const int64_t widths[] = {1, 15, 64, 77};
+    for (int i = 0; i < 8; i++) {
+        for (int j = 0; j < 4; j++) {
+            struct rmsnorm_case p = {.rows = rows[i],
+                                     .d = widths[j],
+                                     .with_x = (i + j) % 3 != 0,
+                                     .in_place = (i + j) % 2 == 0,
+                                     .with_rstd = j != 2,
+                                     .with_dweight = j != 1};
+            compare_backends(rmsnorm_case, &p, "rmsnorm %lldx%lld", (long long)p.rows, (long long)p.d);
+        }
+    }
+}
+
+struct cast_case {
+    enum kernel_type from, to;
+    int64_t count;
+};
+
+static void cast_case(struct session *s, const void *param)
+{
+    const struct cast_case *p = param;
+    void *from = input_weights(s, "from", p->from, 1, p->count, p->count, -3, 3);
+    /* Through the wanted type and back to float, which the harness can compare; both conversions are exact or
+     * rounded alike, so nothing may differ. */
+    void *to = scratch_bytes(s, "to", p->count * 4);
+    float *back = output_floats(s, "back", p->count, 0);
+    assert_int_equal(s->ops->cast(s->device, to, p->to, from, p->from, p->count), KERNEL_OK);
+    assert_int_equal(s->ops->cast(s->device, back, TYPE_F32, to, p->to, p->count), KERNEL_OK);
+}
+
+static void test_cast(void **state)
+{
+    (void)state;
+    static const int64_t counts[] = {0, 1, 3, 15, 17, 64, 1134, 70001};
+    for (int i = 0; i < 9 * 8; i++) {
+        struct cast_case p = {weight_types[i % 3], weight_types[i / 3 % 3], counts[i / 9]};
+        compare_backends(cast_case, &p, "cast %s to %s x %lld", kernel_type_name(p.from),
+                         kernel_type_name(p.to), (long long)p.count);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gemm),      cmocka_unit_test(test_gemm_edges), cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_embedding), cmocka_unit_test(test_rmsnorm),    cmocka_unit_test(test_cast),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
