@@ -32,8 +32,9 @@ struct weight {
     int n_dims;
     int64_t shape[TENSOR_MAX_DIMS];
     int64_t count;
-    void *data;  /* device memory */
-    bool matrix; /* weight decay applies in full fine-tuning */
+    void *data;                 /* device memory */
+    enum kernel_type file_type; /* as the file stores it; a full fine-tune is saved in it */
+    bool matrix;                /* weight decay applies in full fine-tuning */
 };
 
 struct model;
@@ -100,6 +101,9 @@ struct adapter {
     struct parameter *parameters;
     void *arena; /* one device allocation behind all parameters */
     int64_t arena_bytes;
+    float *derived; /* full: what the family computes from parameters (Mamba: -exp(A_log)). Every pass and
+                       forward of a trainable adapter renews it, so whoever changes parameters need not know
+                       of it */
     bool trainable;
 };
 

@@ -1,0 +1,198 @@
+/* internal.h: what the files of this room share and nobody else sees: the structs behind model.h's opaque
+ * names. One owner thread, the device's. */
+#ifndef ENGINE_MODELS_INTERNAL_H
+#define ENGINE_MODELS_INTERNAL_H
+
+#include "engine/models/family.h"
+#include "engine/models/model.h"
+#include "engine/models/plan.h"
+
+enum { CONFIG_LIMIT = 1 << 20, LORA_MAX_RANK = 1024 };
+
+struct model {
+    const struct family *family;
+    const struct kernel_ops *ops;
+    struct kernel_device *device;
+    struct model_config config;
+    char *folder;
+    struct weight *weights;
+    int64_t n_weights;
+    int64_t embedding, head; /* indices into weights; the same one when tied */
+    int64_t parameter_count;
+    void *arena; /* all weights and derived */
+    int64_t arena_bytes;
+    float *derived;
+};
+
+/* 0, or the error that a kernel's status stands for. `what` says where: "layer 3", "head". */
+int model_status(int status, struct error *error, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Find a tensor that a spec wants and check its shape. `path` is for messages. */
+int model_find_tensor(const struct safetensors *file, const struct tensor_spec *spec, const char *path,
+                      const struct tensor_view **ret_view, struct error *error);
+/* Every tensor of the file must be one that the family names; the first that is not is the error. */
+int model_check_names(const struct model_config *config, const struct family *family,
+                      const struct safetensors *file, const char *path, struct error *error);
+/* Copy a mapped tensor to the device, into another type when that differs. */
+int model_upload(const struct kernel_ops *ops, struct kernel_device *device, const struct tensor_view *view,
+                 void *to, enum kernel_type to_type, struct error *error);
+
+/* A weight as a pass sees it: the base's, or the master copy of a full fine-tune with its gradient. */
+struct weight_view {
+    const void *data;
+    enum kernel_type type;
+    float *grad; /* NULL when frozen */
+};
+/* adapter: NULL or LoRA = the base's weights. */
+struct weight_view model_view(const struct model *model, const struct adapter *adapter, int64_t index);
+const float *model_derived(const struct model *model, const struct adapter *adapter);
+
+/* ---- adapter.c ---- */
+
+/* The two factors of one LoRA target; layer -1 for the embeddings. */
+struct lora_pair {
+    struct param_slice *a, *b;
+};
+/* False when the adapter (may be NULL) does not adapt it. */
+bool adapter_pair(const struct adapter *adapter, enum lora_target target, int64_t layer,
+                  struct lora_pair *ret_pair);
+/* Put an adapter's path (may be NULL or none) into the arguments of an embedding. */
+void adapter_embed(const struct adapter *adapter, struct embedding_forward_args *args);
+/* Do gradients of this adapter flow into the target (LoRA on it, or full)? */
+bool adapter_trains(const struct adapter *adapter, enum lora_target target);
+/* An adapter with all its tensors zero; derived is not computed. lora: read for ADAPT_LORA alone. */
+int adapter_allocate(struct model *model, enum adaptation adaptation, const struct lora_config *lora,
+                     bool trainable, struct adapter **ret_adapter, struct error *error);
+/* Renew what a trainable full fine-tune derives from its parameters. */
+int adapter_renew(const struct adapter *adapter, struct error *error);
+/* Bytes of parameters (derived included) and of one copy of their gradients. */
+int adapter_bytes(const struct model *model, enum adaptation adaptation, const struct lora_config *lora,
+                  int64_t *ret_parameter_bytes, int64_t *ret_gradient_bytes, struct error *error);
+
+/* ---- linear.c: one linear layer y = x W^T (+ bias) with whatever adapts it ---- */
+
+struct linear {
+    int64_t in, out;
+    struct weight_view weight;
+    const float *bias; /* [out] or NULL */
+    float *dbias;      /* or NULL */
+    bool has_lora;
+    struct lora_pair lora;
+    int32_t rank;
+    float scale;
+    uint64_t offset; /* of this tensor's dropout mask in the micro-batch's philox stream */
+};
+/* bias: index of the bias tensor, or -1. */
+void linear_bind(struct linear *linear, const struct model *model, const struct adapter *adapter,
+                 int64_t weight, int64_t bias, enum lora_target target, int64_t layer);
+
+struct linear_context {
+    const struct kernel_ops *ops;
+    struct kernel_device *device;
+    float dropout;
+    uint64_t seed;
+    float *ones; /* [rows] of 1.0, needed where there is a bias */
+    float *du;   /* [rows,rank] scratch of the backward */
+};
+/* Fill such a vector; NULL is left alone. */
+int linear_fill_ones(const struct model *model, float *ones, int64_t count, struct error *error);
+/* u: [rows,rank] kept for the backward; unused without LoRA. */
+int linear_forward(const struct linear_context *context, const struct linear *linear, int64_t rows,
+                   const float *x, int64_t x_stride, float *y, int64_t y_stride, float *u);
+/* Gradients of weights and adapters accumulate; dx (NULL = not wanted) is overwritten, or added to when
+ * `accumulate`. */
+int linear_backward(const struct linear_context *context, const struct linear *linear, int64_t rows,
+                    const float *x, int64_t x_stride, const float *dy, int64_t dy_stride, const float *u,
+                    float *dx, int64_t dx_stride, bool accumulate);
+
+/* ---- pass.c ---- */
+
+/* Buffers that every family's pass has. [T,d] ones are free for the family between the steps named here. */
+enum pass_buffer {
+    PASS_IDS,      /* [T] i32 */
+    PASS_TARGETS,  /* [T] i32: of the rows that count, back to back */
+    PASS_LOGPROBS, /* [T] */
+    PASS_ARGMAX,   /* [T] i32 */
+    PASS_RESIDUAL, /* [n_layers+1,T,d]: the residual stream that enters each layer, and the one that leaves */
+    PASS_NORMED,   /* [T,d]: the latest norm's output; the hidden states after the family's forward */
+    PASS_ROWS, /* [T,d]: free in the family's forward; d(hidden) when its backward begins, free after that */
+    PASS_DRESIDUAL, /* [T,d]: zero when the family's backward begins, d(embeddings) when it ends */
+    PASS_SCRATCH,   /* the largest workspace of any op */
+    PASS_ONES,      /* [T] of 1.0 where projections have biases */
+    PASS_FAMILY,    /* the family's own from here on */
+};
+
+struct pass {
+    struct model *model;
+    struct adapter *adapter;
+    int64_t max_tokens;
+    int32_t max_seqs;
+    void *arena;
+    void *buffers[PLAN_MAX];
+    int64_t scratch_bytes;
+    int32_t *host_targets; /* [T] staging; the next two as well */
+    float *host_logprobs;
+    int32_t *host_argmax;
+};
+/* The whole table of a pass. */
+void pass_plan(const struct model *model, const struct plan_request *request, struct plan *ret_plan);
+
+/* ---- runner.c ---- */
+
+enum runner_buffer {
+    RUNNER_IDS,      /* [T] i32 */
+    RUNNER_RESIDUAL, /* [T,d] the embeddings when the family begins */
+    RUNNER_HIDDEN,   /* [T,d] after the final norm when it ends */
+    RUNNER_ROWS,     /* [max_seqs,d] gathered for logits */
+    RUNNER_LOGITS,   /* [max_seqs,vocab] */
+    RUNNER_TARGETS,  /* [score rows] i32 */
+    RUNNER_LOGPROBS, /* [score rows] */
+    RUNNER_ARGMAX,   /* [score rows] i32 */
+    RUNNER_TOP_IDS,  /* [score rows,KERNEL_TOP_MAX] i32 */
+    RUNNER_TOP_LOGPROBS,
+    RUNNER_SCRATCH, /* head's workspace */
+    RUNNER_U,       /* the adapters' [rows,rank], in slices of rows when a rank is large */
+    RUNNER_ONES,    /* [T] of 1.0 where projections have biases */
+    RUNNER_FAMILY,
+};
+
+/* Rows of one part that use one LoRA adapter (NULL: none). */
+struct lora_span {
+    const struct adapter *adapter;
+    int64_t row_begin, rows;
+};
+
+/* Sequences in a row that share their weights: the unit of a family's forward. */
+struct forward_part {
+    const struct adapter *full; /* whose weights; NULL = the base's */
+    int64_t row_begin, rows;    /* in the runner's buffers */
+    int32_t n_seqs;
+    const int32_t *seq_starts;     /* [n_seqs+1], from 0 */
+    const int32_t *slots;          /* NULL when there are no states */
+    struct state_pool *states;     /* or NULL */
+    const struct lora_span *spans; /* cover all rows */
+    int32_t n_spans;
+};
+
+struct runner {
+    struct model *model;
+    int64_t max_tokens, score_rows, u_floats;
+    int32_t max_seqs;
+    void *arena;
+    void *buffers[PLAN_MAX];
+    int64_t scratch_bytes;
+    int64_t n_rows; /* of the last forward */
+    int32_t n_seqs;
+    struct forward_part *parts; /* [max_seqs] of the last forward */
+    int32_t n_parts;
+    int32_t *starts;         /* [2*max_seqs] the parts' seq_starts */
+    int32_t *last_rows;      /* [max_seqs] of the last forward */
+    struct lora_span *spans; /* [max_seqs] */
+};
+/* Add what each span's adapter contributes to one linear layer's output. x and y point at the part's first
+ * row. */
+int runner_lora(struct runner *runner, const struct forward_part *part, enum lora_target target,
+                int64_t layer, const float *x, int64_t x_stride, float *y, int64_t y_stride);
+
+#endif

@@ -1,0 +1,85 @@
+/* plan.c: see plan.h. Pure arithmetic, and the one allocation. */
+#include "engine/models/plan.h"
+
+#include "engine/models/internal.h"
+
+#include <inttypes.h>
+
+int64_t plan_round(int64_t bytes)
+{
+    return bytes > INT64_MAX - PLAN_ALIGNMENT
+               ? INT64_MAX / PLAN_ALIGNMENT * PLAN_ALIGNMENT
+               : (bytes + PLAN_ALIGNMENT - 1) / PLAN_ALIGNMENT * PLAN_ALIGNMENT;
+}
+
+void plan_add(struct plan *plan, int index, enum plan_use use, int64_t count, int64_t element_bytes)
+{
+    int64_t bytes;
+    if (__builtin_mul_overflow(count, element_bytes, &bytes))
+        bytes = INT64_MAX;
+    plan->buffers[index] = (struct plan_buffer){plan_round(bytes), use};
+}
+
+void plan_at_least(struct plan *plan, int index, int64_t bytes)
+{
+    if (plan->buffers[index].bytes < bytes)
+        plan_add(plan, index, PLAN_WORKSPACE, bytes, 1);
+}
+
+static int64_t add_saturating(int64_t a, int64_t b)
+{
+    int64_t sum;
+    return __builtin_add_overflow(a, b, &sum) ? INT64_MAX : sum;
+}
+
+int64_t plan_bytes_of(const struct plan *plan, enum plan_use use)
+{
+    int64_t bytes = 0;
+    for (int i = 0; i < PLAN_MAX; i++)
+        if (plan->buffers[i].use == use)
+            bytes = add_saturating(bytes, plan->buffers[i].bytes);
+    return bytes;
+}
+
+int64_t plan_bytes(const struct plan *plan)
+{
+    return add_saturating(plan_bytes_of(plan, PLAN_ACTIVATION), plan_bytes_of(plan, PLAN_WORKSPACE));
+}
+
+int plan_carve(const struct plan *plan, const struct kernel_ops *ops, struct kernel_device *device,
+               void **ret_arena, void *ret_buffers[PLAN_MAX], struct error *error)
+{
+    int64_t bytes = plan_bytes(plan);
+    void *arena = NULL;
+    int status = bytes == INT64_MAX ? KERNEL_NO_MEMORY : ops->memory_alloc(device, (size_t)bytes, &arena);
+    if (status)
+        return model_status(status, error, "an arena of %" PRId64 " bytes", bytes);
+    char *next = arena;
+    for (int i = 0; i < PLAN_MAX; i++) {
+        ret_buffers[i] = plan->buffers[i].bytes ? next : NULL;
+        next += plan->buffers[i].bytes;
+    }
+    *ret_arena = arena;
+    return 0;
+}
+
+int model_plan(const struct model *model, const struct plan_request *request, struct memory_plan *ret_plan,
+               struct error *error)
+{
+    struct memory_plan result = {0};
+    struct plan plan;
+    if (request->max_tokens < 1 || request->max_seqs < 1)
+        return error_set(error, ERROR_INVALID, "a training batch holds at least one token");
+    int code = adapter_bytes(model, request->adaptation, &request->lora, &result.parameter_bytes,
+                             &result.gradient_bytes, error);
+    if (code)
+        return code;
+    result.optimizer_bytes = 2 * result.gradient_bytes;
+    pass_plan(model, request, &plan);
+    result.activation_bytes = plan_bytes_of(&plan, PLAN_ACTIVATION);
+    result.workspace_bytes = plan_bytes_of(&plan, PLAN_WORKSPACE);
+    result.total_bytes = add_saturating(plan_bytes(&plan), result.parameter_bytes + result.gradient_bytes +
+                                                               result.optimizer_bytes);
+    *ret_plan = result;
+    return 0;
+}
