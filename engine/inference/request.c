@@ -14,8 +14,8 @@ static int check_params(const struct generation_params *params, int32_t vocab_si
                                "max_tokens must be at least 1 (or 0 with echo), not %d", params->max_tokens);
     if (!(params->temperature >= 0) || !isfinite(params->temperature))
         return error_set_param(error, ERROR_INVALID, "temperature", "temperature must be 0 or more");
-    if (!(params->top_p > 0 && params->top_p <= 1))
-        return error_set_param(error, ERROR_INVALID, "top_p", "top_p must be above 0 and at most 1");
+    if (!(params->top_p >= 0 && params->top_p <= 1))
+        return error_set_param(error, ERROR_INVALID, "top_p", "top_p must be between 0 and 1");
     if (!(params->min_p >= 0 && params->min_p <= 1))
         return error_set_param(error, ERROR_INVALID, "min_p", "min_p must be between 0 and 1");
     if (params->top_k < 0)

@@ -1,0 +1,69 @@
+/* worker_internal.h: what the files of the worker share: its state, and who answers which frames. */
+#ifndef ENGINE_WORKER_INTERNAL_H
+#define ENGINE_WORKER_INTERNAL_H
+
+#include "engine/protocol.h"
+#include "engine/training/trainer.h"
+#include "engine/worker.h"
+#include "engine/worker_models.h"
+#include "engine/worker_stream.h"
+
+struct completion; /* a COMPLETE that is not over: worker_completions.c */
+
+/* The fine-tuning job that runs here, if trainer is set. */
+struct worker_job {
+    char *name;
+    int64_t attempt;
+    char *folder;
+    struct loaded_model *model;
+    struct trainer *trainer;
+};
+
+/* A frame that has to wait until no trainer call is under way. */
+struct waiting_frame {
+    struct waiting_frame *next;
+    struct frame frame;
+};
+
+struct worker {
+    const struct worker_options *options;
+    struct worker_stream stream;
+    const struct kernel_ops *ops;
+    struct kernel_device *device;
+    struct kernel_device_info device_info;
+    struct loaded_models models;
+    struct completion *completions;
+    struct worker_job job;
+    struct waiting_frame *waiting_first, *waiting_last;
+    int64_t heartbeat_ms, next_heartbeat_ms;
+    /* While a job trains: the time generation may take before training has its turn again, and since when
+     * training has had it. */
+    int64_t credit_us, trained_since_us;
+    int device_failure; /* ERROR_DEVICE once the device is lost: the process ends */
+    bool shutdown;
+};
+
+/* The clock of everything here, in microseconds. */
+int64_t worker_now_us(void);
+/* Answer a request that failed. */
+void worker_fail(struct worker *worker, uint64_t id, const struct error *error);
+
+/* worker_completions.c */
+void worker_complete(struct worker *worker, uint64_t id, const json_t *payload);
+void worker_cancel(struct worker *worker, uint64_t id);
+
+/* worker_job.c. Not from inside a trainer call. */
+void worker_job_validate(struct worker *worker, uint64_t id, const json_t *payload);
+void worker_job_start(struct worker *worker, const json_t *payload);
+void worker_job_stop(struct worker *worker, const json_t *payload);
+/* One quantum of the running job. */
+void worker_job_advance(struct worker *worker);
+/* Checkpoint and end it as paused; nothing when none runs. */
+void worker_job_pause(struct worker *worker);
+/* Drop it without a word: the process ends. */
+void worker_job_abandon(struct worker *worker);
+
+/* worker.c: what waits is served between the layers of a micro-batch. */
+void worker_yield(void *worker);
+
+#endif

@@ -1,0 +1,225 @@
+/* worker_models.c: see worker_models.h. */
+#include "engine/worker_models.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* A base's adapters above this count go, the least recently used first, as soon as they are not in use. */
+enum { MAX_IDLE_ADAPTERS = 32 };
+
+static double now_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static void free_adapter(struct loaded_adapter *adapter)
+{
+    adapter_free(adapter->adapter);
+    free(adapter->id);
+    free(adapter->path);
+    free(adapter);
+}
+
+static void free_model(struct loaded_model *model)
+{
+    if (!model)
+        return;
+    generator_free(model->generator);
+    while (model->adapters) {
+        struct loaded_adapter *next = model->adapters->next;
+        free_adapter(model->adapters);
+        model->adapters = next;
+    }
+    tokenizer_free(model->tokenizer);
+    if (model->model)
+        model_close(model->model);
+    free(model->id);
+    free(model->path);
+    free(model);
+}
+
+static int load_model(struct loaded_models *models, const struct named_folder *name,
+                      struct loaded_model **ret_model, struct error *error)
+{
+    double start = now_seconds();
+    struct loaded_model *model = calloc(1, sizeof *model);
+    if (!model)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for model \"%s\"", name->id);
+    int status;
+    model->id = strdup(name->id);
+    model->path = strdup(name->path);
+    if (!model->id || !model->path) {
+        status = error_set(error, ERROR_NO_MEMORY, "no memory for model \"%s\"", name->id);
+        goto failed;
+    }
+    status = model_open(name->path, models->ops, models->device, &model->model, error);
+    if (!status)
+        status = tokenizer_load(name->path, &model->tokenizer, error);
+    if (status) {
+        error_prefix(error, "model \"%s\": ", name->id);
+        goto failed;
+    }
+    int64_t vocab_size = model_config(model->model)->vocab_size;
+    if (tokenizer_size(model->tokenizer) > vocab_size) {
+        status =
+            error_set(error, ERROR_CORRUPT,
+                      "model \"%s\": its tokenizer does not fit: it has %d tokens, the model has embeddings "
+                      "for %lld",
+                      name->id, tokenizer_size(model->tokenizer), (long long)vocab_size);
+        goto failed;
+    }
+    status = generator_create(model->model, model->tokenizer, models->max_seqs, models->prefill_tokens,
+                              &model->generator, error);
+    if (status)
+        goto failed;
+    model->load_seconds = now_seconds() - start;
+    *ret_model = model;
+    return 0;
+failed:
+    free_model(model);
+    return status;
+}
+
+static bool model_is_used(const struct loaded_model *model)
+{
+    return model->n_holders || !generator_idle(model->generator);
+}
+
+/* Forget every model that nothing uses. Returns whether there was one. */
+static bool make_room(struct loaded_models *models)
+{
+    bool found = false;
+    for (struct loaded_model *model = models->first; model; model = model->next) {
+        if (!model_is_used(model)) {
+            model->forgotten = true;
+            found = true;
+        }
+    }
+    loaded_models_sweep(models);
+    return found;
+}
+
+int loaded_models_get(struct loaded_models *models, const struct named_folder *name,
+                      struct loaded_model **ret_model, struct error *error)
+{
+    for (struct loaded_model *model = models->first; model; model = model->next) {
+        if (!model->forgotten && !strcmp(model->id, name->id) && !strcmp(model->path, name->path)) {
+            *ret_model = model;
+            return 0;
+        }
+    }
+    struct loaded_model *model;
+    int status = load_model(models, name, &model, error);
+    if (status == ERROR_NO_MEMORY && make_room(models))
+        status = load_model(models, name, &model, error);
+    if (status)
+        return status;
+    model->next = models->first;
+    models->first = model;
+    *ret_model = model;
+    return 0;
+}
+
+int loaded_models_get_adapter(struct loaded_models *models, struct loaded_model *model,
+                              const struct named_folder *name, const struct adapter **ret_adapter,
+                              struct error *error)
+{
+    for (struct loaded_adapter *adapter = model->adapters; adapter; adapter = adapter->next) {
+        if (!adapter->forgotten && !strcmp(adapter->id, name->id) && !strcmp(adapter->path, name->path)) {
+            adapter->used_at = ++models->clock;
+            *ret_adapter = adapter->adapter;
+            return 0;
+        }
+    }
+    struct loaded_adapter *adapter = calloc(1, sizeof *adapter);
+    if (adapter) {
+        adapter->id = strdup(name->id);
+        adapter->path = strdup(name->path);
+    }
+    int status;
+    if (!adapter || !adapter->id || !adapter->path)
+        status = error_set(error, ERROR_NO_MEMORY, "no memory for adapter \"%s\"", name->id);
+    else if ((status = adapter_load(model->model, name->path, false, &adapter->adapter, error)))
+        error_prefix(error, "adapter \"%s\": ", name->id);
+    if (status) {
+        if (adapter)
+            free_adapter(adapter);
+        return status;
+    }
+    adapter->used_at = ++models->clock;
+    adapter->next = model->adapters;
+    model->adapters = adapter;
+    model->n_adapters++;
+    *ret_adapter = adapter->adapter;
+    return 0;
+}
+
+void loaded_models_forget_model(struct loaded_models *models, const char *id)
+{
+    for (struct loaded_model *model = models->first; model; model = model->next)
+        if (!strcmp(model->id, id))
+            model->forgotten = true;
+}
+
+void loaded_models_forget_adapter(struct loaded_models *models, const char *id)
+{
+    for (struct loaded_model *model = models->first; model; model = model->next)
+        for (struct loaded_adapter *adapter = model->adapters; adapter; adapter = adapter->next)
+            if (!strcmp(adapter->id, id))
+                adapter->forgotten = true;
+}
+
+/* The adapter to free next, as the link that points to it, or NULL. */
+static struct loaded_adapter **find_dispensable(struct loaded_model *model)
+{
+    bool crowded = model->n_adapters > MAX_IDLE_ADAPTERS;
+    struct loaded_adapter **oldest = NULL;
+    for (struct loaded_adapter **at = &model->adapters; *at; at = &(*at)->next) {
+        if ((!crowded && !(*at)->forgotten) || generator_uses(model->generator, (*at)->adapter))
+            continue;
+        if ((*at)->forgotten)
+            return at;
+        if (!oldest || (*at)->used_at < (*oldest)->used_at)
+            oldest = at;
+    }
+    return oldest;
+}
+
+void loaded_models_sweep(struct loaded_models *models)
+{
+    for (struct loaded_model **at = &models->first; *at;) {
+        struct loaded_model *model = *at;
+        if (model->forgotten && !model_is_used(model)) {
+            *at = model->next;
+            free_model(model);
+            continue;
+        }
+        for (struct loaded_adapter **link; (link = find_dispensable(model));) {
+            struct loaded_adapter *adapter = *link;
+            *link = adapter->next;
+            model->n_adapters--;
+            free_adapter(adapter);
+        }
+        at = &model->next;
+    }
+}
+
+void loaded_models_free(struct loaded_models *models)
+{
+    while (models->first) {
+        struct loaded_model *next = models->first->next;
+        free_model(models->first);
+        models->first = next;
+    }
+}
+
+bool loaded_models_idle(const struct loaded_models *models)
+{
+    for (const struct loaded_model *model = models->first; model; model = model->next)
+        if (!generator_idle(model->generator))
+            return false;
+    return true;
+}

@@ -1,0 +1,60 @@
+/* worker_models.h: what a worker has loaded: base models, each with its tokenizer, its generator and the
+ * adapters that requests have named. Loaded on demand, adapters dropped when there are many and they are not
+ * used, models when they are told to go or memory runs out. The worker's thread alone. */
+#ifndef ENGINE_WORKER_MODELS_H
+#define ENGINE_WORKER_MODELS_H
+
+#include "base/error.h"
+#include "engine/inference/generator.h"
+#include "engine/models/model.h"
+#include "engine/text/tokenizer.h"
+#include "engine/worker_fields.h"
+
+/* An adapter in memory. */
+struct loaded_adapter {
+    struct loaded_adapter *next;
+    char *id, *path;
+    struct adapter *adapter;
+    uint64_t used_at;
+    bool forgotten; /* freed once nothing uses it */
+};
+
+struct loaded_model {
+    struct loaded_model *next;
+    char *id, *path;
+    struct model *model;
+    struct tokenizer *tokenizer;
+    struct generator *generator;
+    struct loaded_adapter *adapters;
+    int32_t n_adapters;
+    int32_t n_holders; /* jobs that train on it */
+    double load_seconds;
+    bool forgotten;
+};
+
+struct loaded_models {
+    const struct kernel_ops *ops;
+    struct kernel_device *device;
+    int32_t max_seqs;
+    int64_t prefill_tokens;
+    struct loaded_model *first;
+    uint64_t clock;
+};
+
+/* The model of that id and folder, loaded now if it was not. It stays until the next sweep after its
+ * generator is idle and nobody holds it. */
+int loaded_models_get(struct loaded_models *models, const struct named_folder *name,
+                      struct loaded_model **ret_model, struct error *error);
+int loaded_models_get_adapter(struct loaded_models *models, struct loaded_model *model,
+                              const struct named_folder *name, const struct adapter **ret_adapter,
+                              struct error *error);
+/* New requests will load it again; those under way keep it. */
+void loaded_models_forget_model(struct loaded_models *models, const char *id);
+void loaded_models_forget_adapter(struct loaded_models *models, const char *id);
+/* Free what is forgotten or over the bound, and not used. Not from a generator's callback. */
+void loaded_models_sweep(struct loaded_models *models);
+/* Everything; requests still there end with ERROR_CANCELLED. */
+void loaded_models_free(struct loaded_models *models);
+bool loaded_models_idle(const struct loaded_models *models);
+
+#endif
