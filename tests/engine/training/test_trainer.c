@@ -197,13 +197,20 @@ static void test_keep_checkpoints(void **unused)
     free(log);
 }
 
-/* A learning rate that makes things worse: the first evaluation stays the best. */
+static void write_text(const char *path, const char *text)
+{
+    assert_int_equal(file_write_whole(path, text, strlen(text), NULL), 0);
+}
+
+/* The untrained model, its head tied, likes to repeat itself; training drives that out. So a validation set of
+ * repetitions gets worse and worse. */
 static struct trainer_options worsening_job(void)
 {
+    static char path[512];
     struct trainer_options options = tiny_options(&tiny);
-    options.spec.learning_rate = 0.3f;
-    options.spec.schedule = SCHEDULE_CONSTANT;
-    options.spec.max_grad_norm = 0;
+    snprintf(path, sizeof path, "%s/other.jsonl", tiny.folder);
+    write_text(path, "{\"prompt\": \"ada 1:\", \"completion\": \"::::::::\"}\n");
+    options.validation_file = path;
     options.spec.eval_steps = 1;
     options.spec.checkpoint_steps = 2;
     options.spec.keep_checkpoints = 1;
@@ -229,7 +236,8 @@ static void test_best(void **unused)
     int64_t best = best_step(log);
     char adapter[1024], checkpoint[1024];
     assert_int_equal(count_steps(log), 12);
-    assert_in_range(best, 1, 9);
+    assert_in_range(best, 1, 6);
+    assert_non_null(strstr(log->messages, "the lowest validation loss"));
     snprintf(adapter, sizeof adapter, "%s/adapter/adapter_model.safetensors", tiny.job);
     snprintf(checkpoint, sizeof checkpoint, "%s/checkpoints/step-%d/adapter_model.safetensors", tiny.job,
              (int)best);
@@ -390,11 +398,6 @@ static void test_refused(void **unused)
     options.tokenizer = other;
     assert_inspection(&options, ERROR_INVALID, "model");
     tokenizer_free(other);
-}
-
-static void write_text(const char *path, const char *text)
-{
-    assert_int_equal(file_write_whole(path, text, strlen(text), NULL), 0);
 }
 
 static void test_bad_lines(void **unused)
