@@ -33,11 +33,10 @@ struct dataset_line_error {
 
 struct dataset_options {
     int64_t max_seq_len; /* tokens of one example, its end of text included */
-    bool truncate; /* cut longer examples at the end; otherwise they are errors that name line and length */
-    bool
-        split_text; /* "text" examples longer than max_seq_len are split into several (used with packing); a
+    bool truncate;   /* cut longer examples at the end; otherwise they are errors that name line and length */
+    bool split_text; /* "text" examples longer than max_seq_len are split into several (used with packing); a
                        piece begins with the last token of the one before, so every token is predicted once */
-    int32_t eos_id; /* closes an example; -1 = none */
+    int32_t eos_id;  /* closes an example; -1 = none */
     const char *chat_template; /* "alpaca", "chatml", NULL = plain "role: content" lines; for messages and
                                   instruction */
 };
@@ -57,9 +56,9 @@ struct dataset {
     struct dataset_order *order; /* internal: the epoch's order, kept from call to call */
 };
 
-/* Read and tokenize. Returns 0; ERROR_INVALID when a line is bad, the set is empty or holds no loss token
- * (then *ret_dataset is still set, so that the caller can list line_errors; free it); ERROR_IO,
- * ERROR_NO_MEMORY otherwise (not set). */
+/* Read and tokenize. ERROR_INVALID when a line is bad, the set is empty, nothing bears loss or an option is
+ * wrong (then *ret_dataset is still set, so that the caller can list line_errors; free it); ERROR_NOT_FOUND,
+ * ERROR_IO, ERROR_NO_MEMORY otherwise (not set). */
 int dataset_load(const char *path, const struct tokenizer *tokenizer, const struct dataset_options *options,
                  struct dataset **ret_dataset, struct error *error);
 void dataset_free(struct dataset *dataset);

@@ -21,8 +21,8 @@ void token_list_free(struct token_list *list);
 /* Returns 0 or ERROR_NO_MEMORY. */
 int token_list_push(struct token_list *list, int32_t id);
 
-/* Load FOLDER/tokenizer.json (at most 64 MiB). Refuses model types, normalizers, pre-tokenizers and decoders
- * it does not implement exactly, naming them. */
+/* Load a tokenizer.json (at most 64 MiB), or the one in a folder. Model types, normalizers, pre-tokenizers
+ * and decoders that are not implemented exactly are refused, by name. */
 int tokenizer_load(const char *path, struct tokenizer **ret_tokenizer, struct error *error);
 void tokenizer_free(struct tokenizer *tokenizer);
 
