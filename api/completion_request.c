@@ -292,7 +292,7 @@ static json_t *sampling_decode(const struct decoder *decoder, bool chat,
         return NULL;
     }
     if (decode_number(decoder, "temperature", 0, false, 2, &temperature) ||
-        decode_number(decoder, "top_p", 0, false, 1, &top_p) ||
+        decode_number(decoder, "top_p", 0, true, 1, &top_p) ||
         decode_number(decoder, "min_p", 0, false, 1, &min_p) ||
         decode_integer(decoder, "top_k", -1, INT32_MAX, &top_k) ||
         decode_number(decoder, "repetition_penalty", 0, true, 10, &repetition) ||

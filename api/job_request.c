@@ -8,7 +8,7 @@
  *   learning_rate 1e-3 for lora, 1e-4 for full (2e-4 to 2e-3 is the useful range for LoRA on Mamba), then
  *   times learning_rate_multiplier: the row's learning_rate is the peak the trainer uses
  *   max_steps 0 (as the epochs give)   gradient_accumulation_steps 1   max_seq_len 512     packing true
- *   truncate false (cut examples longer than max_seq_len)              precision fp32         adaptation lora
+ *   truncate_long_examples false       precision fp32                  adaptation lora
  *   lora: rank 8, alpha 2 x rank, dropout 0, targets in_proj + x_proj, rslora false
  *   optimizer: betas [0.9, 0.999], eps 1e-8, weight_decay 0
  *   lr_schedule linear                 warmup_steps 0                  max_grad_norm 1 (0 = no clipping)
@@ -27,7 +27,7 @@
 static const char *const hyperparameter_names[] = {
     "n_epochs",         "batch_size",     "learning_rate_multiplier",
     "learning_rate",    "max_steps",      "gradient_accumulation_steps",
-    "max_seq_len",      "packing",        "truncate",
+    "max_seq_len",      "packing",        "truncate_long_examples",
     "precision",        "adaptation",     "lora",
     "optimizer",        "lr_schedule",    "warmup_steps",
     "max_grad_norm",    "eval_steps",     "checkpoint_steps",
@@ -167,45 +167,48 @@ static int object_at(const struct sources *sources, const char *key, const char 
 
 static const char *const target_names[] = {"embeddings", "in_proj", "x_proj", "dt_proj", "out_proj"};
 
+/* Marks what an array names; -1 with a problem. */
+static int target_names_decode(const struct decoder *lora, const json_t *given,
+                               bool chosen[COUNT(target_names)])
+{
+    for (size_t i = 0; i < json_array_size(given); i++) {
+        const char *name = json_string_value(json_array_get(given, i));
+        size_t t = 0;
+        while (name && t < COUNT(target_names) && strcmp(name, target_names[t]))
+            t++;
+        if (!name || t == COUNT(target_names))
+            return decode_refuse(lora, "targets",
+                                 "\"%.40s\" is none of in_proj, x_proj, dt_proj, out_proj and embeddings.",
+                                 name ? name : "");
+        if (chosen[t])
+            return decode_refuse(lora, "targets", "names %s twice.", name);
+        chosen[t] = true;
+    }
+    return 0;
+}
+
 /* lora.targets into an array of names in the order above; NULL with a problem. */
 static json_t *targets_decode(const struct decoder *lora)
 {
-    bool chosen[COUNT(target_names)] = {[1] = true, [2] = true};
+    bool chosen[COUNT(target_names)] = {false};
     const json_t *given = decode_get(lora, "targets");
-    if (json_is_string(given)) {
-        bool all = !strcmp(json_string_value(given), "all");
-        if (!all && strcmp(json_string_value(given), "sll")) {
-            decode_refuse(lora, "targets", "must be \"sll\", \"all\" or an array of names, not \"%.40s\".",
-                          json_string_value(given));
-            return NULL;
-        }
+    const char *preset = json_string_value(given);
+    if (!given) {
+        chosen[1] = chosen[2] = true;
+    } else if (preset && (!strcmp(preset, "all") || !strcmp(preset, "sll"))) {
         for (size_t t = 0; t < COUNT(target_names); t++)
-            chosen[t] = all || strcmp(target_names[t], "dt_proj");
-    } else if (given) {
-        memset(chosen, 0, sizeof chosen);
-        size_t n = json_array_size(given), found = 0;
-        for (size_t i = 0; i < n; i++) {
-            const char *name = json_string_value(json_array_get(given, i));
-            for (size_t t = 0; name && t < COUNT(target_names); t++)
-                if (!strcmp(name, target_names[t]) && !chosen[t]) {
-                    chosen[t] = true;
-                    found++;
-                }
-        }
-        if (!n || found != n) {
-            decode_refuse(
-                lora, "targets",
-                "must be \"sll\", \"all\" or an array of different names among in_proj, x_proj, dt_proj, "
-                "out_proj, embeddings.");
-            return NULL;
-        }
+            chosen[t] = !strcmp(preset, "all") || strcmp(target_names[t], "dt_proj");
+    } else if (!json_array_size(given)) {
+        decode_refuse(lora, "targets", "must be \"sll\", \"all\" or an array of at least one name%s%.40s.",
+                      preset ? ", not " : "", preset ? preset : "");
+        return NULL;
+    } else if (target_names_decode(lora, given, chosen)) {
+        return NULL;
     }
     json_t *targets = json_array();
-    for (size_t t = 0; t < COUNT(target_names); t++)
+    for (size_t t = 0; targets && t < COUNT(target_names); t++)
         if (chosen[t])
             json_array_append_new(targets, json_string(target_names[t]));
-    if (!targets)
-        problem_set(lora->problem, 503, "out_of_memory", NULL, "The server is out of memory.");
     return targets;
 }
 
@@ -301,7 +304,7 @@ static json_t *hyperparameters_decode(const struct sources *sources, bool has_va
         integer_at(sources, "max_steps", 0, many, &max_steps) ||
         integer_at(sources, "gradient_accumulation_steps", 1, 1024, &accumulation) ||
         integer_at(sources, "max_seq_len", 2, 1 << 20, &max_seq_len) ||
-        bool_at(sources, "packing", &packing) || bool_at(sources, "truncate", &truncate) ||
+        bool_at(sources, "packing", &packing) || bool_at(sources, "truncate_long_examples", &truncate) ||
         choice_at(sources, "precision", precisions, COUNT(precisions), &precision) ||
         choice_at(sources, "adaptation", adaptations, COUNT(adaptations), &adaptation) ||
         choice_at(sources, "lr_schedule", schedules, COUNT(schedules), &schedule) ||
@@ -342,11 +345,12 @@ static json_t *hyperparameters_decode(const struct sources *sources, bool has_va
         "n_epochs", (json_int_t)n_epochs, "batch_size", (json_int_t)batch_size, "learning_rate_multiplier",
         multiplier, "learning_rate", learning_rate, "max_steps", (json_int_t)max_steps,
         "gradient_accumulation_steps", (json_int_t)accumulation, "max_seq_len", (json_int_t)max_seq_len,
-        "packing", packing, "truncate", truncate, "precision", precisions[precision], "adaptation",
-        adaptations[adaptation], "lora", lora, "optimizer", optimizer, "lr_schedule", schedules[schedule],
-        "warmup_steps", (json_int_t)warmup_steps, "max_grad_norm", max_grad_norm, "eval_steps",
-        (json_int_t)eval_steps, "checkpoint_steps", (json_int_t)checkpoint_steps, "keep_checkpoints",
-        (json_int_t)keep_checkpoints, "early_stopping", early_stopping, "load_best_at_end", load_best);
+        "packing", packing, "truncate_long_examples", truncate, "precision", precisions[precision],
+        "adaptation", adaptations[adaptation], "lora", lora, "optimizer", optimizer, "lr_schedule",
+        schedules[schedule], "warmup_steps", (json_int_t)warmup_steps, "max_grad_norm", max_grad_norm,
+        "eval_steps", (json_int_t)eval_steps, "checkpoint_steps", (json_int_t)checkpoint_steps,
+        "keep_checkpoints", (json_int_t)keep_checkpoints, "early_stopping", early_stopping,
+        "load_best_at_end", load_best);
 }
 
 /* ---- the rest of the body ---- */

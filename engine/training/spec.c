@@ -206,7 +206,7 @@ int training_spec_decode(const json_t *json, struct training_spec *ret_spec, str
         (int32_t)read_integer(&reader, "gradient_accumulation_steps", 1, 65536);
     spec.max_seq_len = read_integer(&reader, "max_seq_len", 2, 1 << 24);
     spec.packing = read_bool(&reader, "packing");
-    spec.truncate = read_bool(&reader, "truncate");
+    spec.truncate = read_bool(&reader, "truncate_long_examples");
     spec.precision = (enum precision)read_choice(&reader, "precision", precisions);
     spec.adaptation = read_choice(&reader, "adaptation", adaptations) ? ADAPT_FULL : ADAPT_LORA;
     read_lora(&reader, &spec);
@@ -240,21 +240,21 @@ json_t *training_spec_encode(const struct training_spec *spec)
     if (spec->early_stopping_patience)
         early_stopping = json_pack("{s:i, s:f}", "patience", (int)spec->early_stopping_patience, "min_delta",
                                    (double)spec->early_stopping_min_delta);
-    return json_pack("{s:I, s:I, s:i, s:i, s:I, s:b, s:b, s:s, s:s, s:o, s:f, s:{s:[f,f], s:f, s:f}, s:s, "
-                     "s:I, s:f, s:I, s:I,"
-                     " s:i, s:o, s:b}",
-                     "n_epochs", (json_int_t)spec->n_epochs, "max_steps", (json_int_t)spec->max_steps,
-                     "batch_size", (int)spec->batch_size, "gradient_accumulation_steps",
-                     (int)spec->gradient_accumulation_steps, "max_seq_len", (json_int_t)spec->max_seq_len,
-                     "packing", (int)spec->packing, "truncate", (int)spec->truncate, "precision",
-                     precisions[spec->precision], "adaptation", adaptations[spec->adaptation == ADAPT_FULL],
-                     "lora", lora, "learning_rate", (double)spec->learning_rate, "optimizer", "betas",
-                     (double)spec->beta1, (double)spec->beta2, "eps", (double)spec->eps, "weight_decay",
-                     (double)spec->weight_decay, "lr_schedule", schedules[spec->schedule], "warmup_steps",
-                     (json_int_t)spec->warmup_steps, "max_grad_norm", (double)spec->max_grad_norm,
-                     "eval_steps", (json_int_t)spec->eval_steps, "checkpoint_steps",
-                     (json_int_t)spec->checkpoint_steps, "keep_checkpoints", (int)spec->keep_checkpoints,
-                     "early_stopping", early_stopping, "load_best_at_end", (int)spec->load_best_at_end);
+    return json_pack(
+        "{s:I, s:I, s:i, s:i, s:I, s:b, s:b, s:s, s:s, s:o, s:f, s:{s:[f,f], s:f, s:f}, s:s, "
+        "s:I, s:f, s:I, s:I,"
+        " s:i, s:o, s:b}",
+        "n_epochs", (json_int_t)spec->n_epochs, "max_steps", (json_int_t)spec->max_steps, "batch_size",
+        (int)spec->batch_size, "gradient_accumulation_steps", (int)spec->gradient_accumulation_steps,
+        "max_seq_len", (json_int_t)spec->max_seq_len, "packing", (int)spec->packing, "truncate_long_examples",
+        (int)spec->truncate, "precision", precisions[spec->precision], "adaptation",
+        adaptations[spec->adaptation == ADAPT_FULL], "lora", lora, "learning_rate",
+        (double)spec->learning_rate, "optimizer", "betas", (double)spec->beta1, (double)spec->beta2, "eps",
+        (double)spec->eps, "weight_decay", (double)spec->weight_decay, "lr_schedule",
+        schedules[spec->schedule], "warmup_steps", (json_int_t)spec->warmup_steps, "max_grad_norm",
+        (double)spec->max_grad_norm, "eval_steps", (json_int_t)spec->eval_steps, "checkpoint_steps",
+        (json_int_t)spec->checkpoint_steps, "keep_checkpoints", (int)spec->keep_checkpoints, "early_stopping",
+        early_stopping, "load_best_at_end", (int)spec->load_best_at_end);
 }
 
 const char *training_precision_name(enum precision precision)

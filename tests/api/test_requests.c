@@ -211,7 +211,8 @@ static void job_defaults(void **state)
     assert_null(request.metadata);
     json_t *expected = parse(
         "{'n_epochs':3,'batch_size':8,'learning_rate_multiplier':1.0,'learning_rate':0.001,'max_steps':0,"
-        "'gradient_accumulation_steps':1,'max_seq_len':512,'packing':true,'truncate':false,'precision':'fp32'"
+        "'gradient_accumulation_steps':1,'max_seq_len':512,'packing':true,'truncate_long_examples':false,'"
+        "precision':'fp32'"
         ","
         "'adaptation':'lora','lora':{'rank':8,'alpha':16.0,'dropout':0.0,'targets':['in_proj','x_proj'],"
         "'rslora':false},'optimizer':{'betas':[0.9,0.999],'eps':1e-8,'weight_decay':0.0},'lr_schedule':'"
@@ -310,7 +311,7 @@ static void job_refusals(void **state)
         {METHOD("'gradient_accumulation_steps':0"), AT "gradient_accumulation_steps", "from 1 to 1024"},
         {METHOD("'max_seq_len':1"), AT "max_seq_len", "from 2 to 1048576"},
         {METHOD("'packing':1"), AT "packing", "true or false"},
-        {METHOD("'truncate':'yes'"), AT "truncate", "true or false"},
+        {METHOD("'truncate_long_examples':'yes'"), AT "truncate_long_examples", "true or false"},
         {METHOD("'precision':'fp8'"), AT "precision", "\"fp32\", \"tf32\", \"bf16\", \"fp16\", not \"fp8\""},
         {METHOD("'adaptation':'qlora'"), AT "adaptation", "\"lora\", \"full\""},
         {METHOD("'lora':4"), AT "lora", "must be an object, not 4"},
@@ -319,11 +320,11 @@ static void job_refusals(void **state)
         {METHOD("'lora':{'alpha':0}"), AT "lora.alpha", "at most 65536"},
         {METHOD("'lora':{'dropout':1}"), AT "lora.dropout", "at most 0.95"},
         {METHOD("'lora':{'rslora':0}"), AT "lora.rslora", "true or false"},
-        {METHOD("'lora':{'targets':'most'}"), AT "lora.targets", "not \"most\""},
-        {METHOD("'lora':{'targets':[]}"), AT "lora.targets", "array of different names"},
-        {METHOD("'lora':{'targets':['q_proj']}"), AT "lora.targets", "in_proj, x_proj"},
-        {METHOD("'lora':{'targets':['in_proj','in_proj']}"), AT "lora.targets", "different"},
-        {METHOD("'lora':{'targets':{}}"), AT "lora.targets", "array"},
+        {METHOD("'lora':{'targets':'most'}"), AT "lora.targets", ", not most"},
+        {METHOD("'lora':{'targets':[]}"), AT "lora.targets", "at least one name"},
+        {METHOD("'lora':{'targets':['q_proj']}"), AT "lora.targets", "\"q_proj\" is none of in_proj"},
+        {METHOD("'lora':{'targets':['in_proj','in_proj']}"), AT "lora.targets", "in_proj twice"},
+        {METHOD("'lora':{'targets':{}}"), AT "lora.targets", "array of"},
         {METHOD("'optimizer':{'lr':1}"), AT "optimizer.lr", "Unknown parameter"},
         {METHOD("'optimizer':{'betas':[0.9]}"), AT "optimizer.betas", "two numbers"},
         {METHOD("'optimizer':{'betas':[0.9,1]}"), AT "optimizer.betas", "two numbers"},
@@ -482,6 +483,7 @@ static void completion_refusals(void **state)
         {false, "{'prompt':'a','temperature':2.1}", "temperature", "at least 0 and at most 2"},
         {false, "{'prompt':'a','temperature':'hot'}", "temperature", "not \"hot\""},
         {false, "{'prompt':'a','top_p':1.1}", "top_p", "at most 1"},
+        {false, "{'prompt':'a','top_p':0}", "top_p", "greater than 0"},
         {false, "{'prompt':'a','min_p':-0.1}", "min_p", "at least 0"},
         {false, "{'prompt':'a','top_k':-2}", "top_k", "from -1"},
         {false, "{'prompt':'a','repetition_penalty':0}", "repetition_penalty", "greater than 0"},

@@ -12,7 +12,7 @@
 static const char whole[] =
     "{\"n_epochs\": 3, \"batch_size\": 8, \"learning_rate_multiplier\": 1, \"learning_rate\": 0.001,"
     " \"max_steps\": 0, \"gradient_accumulation_steps\": 2, \"max_seq_len\": 512, \"packing\": true,"
-    " \"truncate\": false, \"precision\": \"fp32\", \"adaptation\": \"lora\","
+    " \"truncate_long_examples\": false, \"precision\": \"fp32\", \"adaptation\": \"lora\","
     " \"lora\": {\"rank\": 8, \"alpha\": 16, \"dropout\": 0.1, \"targets\": [\"in_proj\", \"embeddings\"],"
     "   \"rslora\": true},"
     " \"optimizer\": {\"betas\": [0.9, 0.999], \"eps\": 1e-8, \"weight_decay\": 0.01},"
