@@ -139,9 +139,10 @@ static inline int check_adamw(const struct adamw_args *a)
 /* Ids of the caller are in host memory, so that looking at all of them is cheap. */
 static inline bool sample_row_valid(const struct sample_row *row, int64_t vocab)
 {
-    if (!(row->temperature >= 0.0f) || row->n_history < 0 || row->n_prompt < 0 ||
-        row->n_prompt > row->n_history || row->n_bias < 0 || row->n_top < 0 || row->n_top > KERNEL_TOP_MAX ||
-        !(row->repetition_penalty > 0.0f))
+    bool filters = row->temperature >= 0.0f && row->top_k >= 0 && row->top_p >= 0.0f && row->min_p >= 0.0f &&
+                   row->min_p <= 1.0f && row->repetition_penalty > 0.0f;
+    if (!filters || row->n_history < 0 || row->n_prompt < 0 || row->n_prompt > row->n_history ||
+        row->n_bias < 0 || row->n_top < 0 || row->n_top > KERNEL_TOP_MAX)
         return false;
     for (int32_t i = 0; i < row->n_history; i++)
         if (row->history[i] < 0 || row->history[i] >= vocab)

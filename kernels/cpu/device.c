@@ -10,20 +10,6 @@
 
 enum { ALIGNMENT = 64 };
 
-enum cpu_isa cpu_isa_detect(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2)
-        return avx512 ? CPU_AVX512 : CPU_AVX2;
-#endif
-    return CPU_PLAIN;
-}
-
 static int processor_count(void)
 {
     cpu_set_t set;
@@ -40,7 +26,6 @@ int cpu_device_open(int index, int threads, struct kernel_device **ret_device)
     struct kernel_device *device = calloc(1, sizeof(*device));
     if (device == NULL)
         return KERNEL_NO_MEMORY;
-    device->isa = cpu_isa_detect();
     device->n_threads = threads > 0 ? threads : processor_count();
     if (device->n_threads > CPU_THREADS_MAX)
         device->n_threads = CPU_THREADS_MAX;

@@ -9,7 +9,7 @@
 #include "kernels/cpu/threads.h"
 #include "kernels/kernels.h"
 
-/* What the vectorised ops are compiled for, worst first. Chosen once, when the device opens. */
+/* What the vectorised ops are compiled for, worst first. */
 enum cpu_isa {
     CPU_PLAIN,
     CPU_AVX2,   /* AVX2, FMA, F16C */
@@ -23,14 +23,15 @@ struct cpu_scratch_area {
 };
 
 struct kernel_device {
-    enum cpu_isa isa;
-    int n_threads; /* with the owner */
+    enum cpu_isa isa; /* of the table that opened it */
+    int n_threads;    /* with the owner */
     struct thread_pool *pool;
     struct cpu_scratch_area scratch[CPU_THREADS_MAX];
 };
 
-/* The best level that this processor has. */
+/* The best that this processor has, and the table for one that it has. kernels_cpu() is the table of the best. */
 enum cpu_isa cpu_isa_detect(void);
+const struct kernel_ops *cpu_ops_of(enum cpu_isa isa);
 
 /* The functions shared by both backends' tables. */
 int cpu_device_open(int index, int threads, struct kernel_device **ret_device);

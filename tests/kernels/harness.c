@@ -283,14 +283,12 @@ void compare_backends(case_function function, const void *param, const char *for
     run_case(&reference, function, param, label, "reference");
     for (enum cpu_isa isa = CPU_PLAIN; isa <= cpu_isa_detect(); isa++) {
         struct session one, more;
-        session_open(&one, kernels_cpu(), 1);
-        one.device->isa = isa;
+        session_open(&one, cpu_ops_of(isa), 1);
         snprintf(how, sizeof(how), "%s, 1 thread", isa_names[isa]);
         run_case(&one, function, param, label, how);
         compare_sessions(&one, &reference, false);
         for (int threads = 2; threads <= 3; threads++) {
-            session_open(&more, kernels_cpu(), threads);
-            more.device->isa = isa;
+            session_open(&more, cpu_ops_of(isa), threads);
             snprintf(how, sizeof(how), "%s, %d threads", isa_names[isa], threads);
             run_case(&more, function, param, label, how);
             compare_sessions(&more, &one, true);

@@ -542,16 +542,17 @@ static void head_gradients(const struct kernel_ops *ops)
 
 typedef void (*gradient_test)(const struct kernel_ops *ops);
 
-static void both_backends(void **state)
+static void every_backend(void **state)
 {
     gradient_test test = *(gradient_test *)*state;
     test(kernels_reference());
-    test(kernels_cpu());
+    for (enum cpu_isa isa = CPU_PLAIN; isa <= cpu_isa_detect(); isa++)
+        test(cpu_ops_of(isa));
 }
 
 #define GRADIENT_TEST(function)                                                                              \
     {                                                                                                        \
-        .name = #function, .test_func = both_backends, .initial_state = &(gradient_test)                     \
+        .name = #function, .test_func = every_backend, .initial_state = &(gradient_test)                     \
         {                                                                                                    \
             function                                                                                         \
         }                                                                                                    \

@@ -240,12 +240,11 @@ static void everywhere(void **state)
     session_open(&s, kernels_reference(), 1);
     test(&s);
     session_close(&s);
-    session_open(&s, kernels_cpu(), 2);
     for (enum cpu_isa isa = CPU_PLAIN; isa <= cpu_isa_detect(); isa++) {
-        s.device->isa = isa;
+        session_open(&s, cpu_ops_of(isa), 2);
         test(&s);
+        session_close(&s);
     }
-    session_close(&s);
 }
 
 struct sample_case {
