@@ -519,11 +519,10 @@ int store_open(const char *folder, uv_loop_t *loop, struct store **ret_store, st
     if ((code =
              connection_open(&store->writer.connection, path,
                              "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;"
-                             "PRAGMA trusted_schema = OFF; PRAGMA journal_size_limit = 67108864",
+                             "PRAGMA journal_size_limit = 67108864",
                              error)) ||
         (code = migrate(store, folder, !loop, error)) ||
-        (code = connection_open(&store->reader.connection, path,
-                                "PRAGMA trusted_schema = OFF; PRAGMA query_only = ON", error)) ||
+        (code = connection_open(&store->reader.connection, path, "PRAGMA query_only = ON", error)) ||
         (code = file_sync(folder, error))) {
         goto done;
     }
