@@ -108,7 +108,7 @@ def test_long_example_is_named_and_cut_only_when_told(server):
     state, _ = failed_job(server, content, {"max_steps": 1, "max_seq_len": 64})
     assert "line 13" in state.error.message and "64" in state.error.message
     client = server.openai()
-    cut = job(server, upload(client, content), {"max_steps": 1, "max_seq_len": 64, "truncate": True})
+    cut = job(server, upload(client, content), {"max_steps": 1, "max_seq_len": 64, "truncate_long_examples": True})
     assert cut.status == 200, cut.body
     wait_for(client, cut.json()["id"], "succeeded")
 
