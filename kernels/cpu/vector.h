@@ -155,6 +155,35 @@ VEC_INLINE vec vec_load_f16_n(const uint16_t *p, int64_t n)
 
 #endif
 
+/* For loops whose last vector is narrower: n is VEC_LANES, as a constant, in all but that one. */
+VEC_INLINE vec vec_load_up_to(const float *p, int64_t n)
+{
+    return n == VEC_LANES ? vec_load(p) : vec_load_n(p, n);
+}
+
+VEC_INLINE void vec_store_up_to(float *p, vec v, int64_t n)
+{
+    if (n == VEC_LANES)
+        vec_store(p, v);
+    else
+        vec_store_n(p, v, n);
+}
+
+/* p points at `type`, F32, BF16 or F16; a constant to the compiler wherever speed matters. */
+VEC_INLINE vec vec_load_as(const void *p, enum kernel_type type)
+{
+    return type == TYPE_BF16  ? vec_load_bf16((const uint16_t *)p)
+           : type == TYPE_F16 ? vec_load_f16((const uint16_t *)p)
+                              : vec_load((const float *)p);
+}
+
+VEC_INLINE vec vec_load_as_n(const void *p, enum kernel_type type, int64_t n)
+{
+    return type == TYPE_BF16  ? vec_load_bf16_n((const uint16_t *)p, n)
+           : type == TYPE_F16 ? vec_load_f16_n((const uint16_t *)p, n)
+                              : vec_load_n((const float *)p, n);
+}
+
 /* ---- arithmetic ---- */
 
 /* a * b + c, fused where the instruction set can. */
@@ -261,45 +290,55 @@ VEC_INLINE uint32_t vec_greater_bits(vec a, vec b)
 
 /* ---- sums across lanes, always in the same order ---- */
 
-#if defined(__AVX2__)
-/* [sum of a's lanes 0..3 and b's ...] for four registers, within each 128-bit part. */
 #if defined(__AVX512F__)
 #define VEC_UNPACK_LOW(a, b)  _mm512_unpacklo_ps(a, b)
 #define VEC_UNPACK_HIGH(a, b) _mm512_unpackhi_ps(a, b)
 #define VEC_PAIR_LOW(a, b)    _mm512_shuffle_ps(a, b, 0x44)
 #define VEC_PAIR_HIGH(a, b)   _mm512_shuffle_ps(a, b, 0xee)
-#else
+#elif defined(__AVX2__)
 #define VEC_UNPACK_LOW(a, b)  _mm256_unpacklo_ps(a, b)
 #define VEC_UNPACK_HIGH(a, b) _mm256_unpackhi_ps(a, b)
 #define VEC_PAIR_LOW(a, b)    _mm256_shuffle_ps(a, b, 0x44)
 #define VEC_PAIR_HIGH(a, b)   _mm256_shuffle_ps(a, b, 0xee)
 #endif
-VEC_INLINE vec vec_sum_quarters(vec a, vec b, vec c, vec d)
+
+/* Within each four lanes of the result, lane i is the sum of v[i]'s four lanes there. */
+VEC_INLINE vec vec_sum_quarter(const vec v[4])
 {
-    vec ab = VEC_UNPACK_LOW(a, b) + VEC_UNPACK_HIGH(a, b); /* a0+a2 b0+b2 a1+a3 b1+b3 */
-    vec cd = VEC_UNPACK_LOW(c, d) + VEC_UNPACK_HIGH(c, d);
+#if defined(__AVX2__)
+    vec ab = VEC_UNPACK_LOW(v[0], v[1]) + VEC_UNPACK_HIGH(v[0], v[1]); /* a0+a2 b0+b2 a1+a3 b1+b3 */
+    vec cd = VEC_UNPACK_LOW(v[2], v[3]) + VEC_UNPACK_HIGH(v[2], v[3]);
     return VEC_PAIR_LOW(ab, cd) + VEC_PAIR_HIGH(ab, cd);
-}
+#else
+    vec sum;
+    for (int i = 0; i < 4; i++)
+        sum[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+    return sum;
 #endif
+}
+
+/* Sums across lanes of VEC_LANES vectors, from VEC_LANES / 4 results of vec_sum_quarter: lane i belongs to
+ * vector i. */
+VEC_INLINE vec vec_sum_join(const vec q[VEC_LANES / 4])
+{
+#if defined(__AVX512F__)
+    vec low = _mm512_shuffle_f32x4(q[0], q[1], 0x88) + _mm512_shuffle_f32x4(q[0], q[1], 0xdd);
+    vec high = _mm512_shuffle_f32x4(q[2], q[3], 0x88) + _mm512_shuffle_f32x4(q[2], q[3], 0xdd);
+    return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+#elif defined(__AVX2__)
+    return _mm256_permute2f128_ps(q[0], q[1], 0x20) + _mm256_permute2f128_ps(q[0], q[1], 0x31);
+#else
+    return q[0];
+#endif
+}
 
 /* Lane i of the result is the sum of the lanes of v[i]. */
 VEC_INLINE vec vec_sum_each(const vec v[VEC_LANES])
 {
-#if defined(__AVX512F__)
-    vec p = vec_sum_quarters(v[0], v[1], v[2], v[3]), q = vec_sum_quarters(v[4], v[5], v[6], v[7]);
-    vec r = vec_sum_quarters(v[8], v[9], v[10], v[11]), s = vec_sum_quarters(v[12], v[13], v[14], v[15]);
-    vec pq = _mm512_shuffle_f32x4(p, q, 0x88) + _mm512_shuffle_f32x4(p, q, 0xdd); /* p02 p.. */
-    vec rs = _mm512_shuffle_f32x4(r, s, 0x88) + _mm512_shuffle_f32x4(r, s, 0xdd);
-    return _mm512_shuffle_f32x4(pq, rs, 0x88) + _mm512_shuffle_f32x4(pq, rs, 0xdd);
-#elif defined(__AVX2__)
-    vec p = vec_sum_quarters(v[0], v[1], v[2], v[3]), q = vec_sum_quarters(v[4], v[5], v[6], v[7]);
-    return _mm256_permute2f128_ps(p, q, 0x20) + _mm256_permute2f128_ps(p, q, 0x31);
-#else
-    vec sum;
-    for (int i = 0; i < VEC_LANES; i++)
-        sum[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
-    return sum;
-#endif
+    vec quarters[VEC_LANES / 4];
+    for (int i = 0; i < VEC_LANES / 4; i++)
+        quarters[i] = vec_sum_quarter(v + 4 * i);
+    return vec_sum_join(quarters);
 }
 
 VEC_INLINE float vec_sum(vec v)
@@ -327,6 +366,49 @@ VEC_INLINE float vec_largest(vec v)
     return largest;
 }
 
+/* ---- transposition ---- */
+
+/* v[i] lane j becomes v[j] lane i. */
+VEC_INLINE void vec_transpose(vec v[VEC_LANES])
+{
+#if defined(__AVX2__)
+    /* 4x4 blocks inside the 128-bit parts first, then the parts. */
+    vec w[VEC_LANES];
+    for (int i = 0; i < VEC_LANES; i += 4) {
+        vec ab = VEC_UNPACK_LOW(v[i], v[i + 1]), cd = VEC_UNPACK_LOW(v[i + 2], v[i + 3]);
+        w[i] = VEC_PAIR_LOW(ab, cd);
+        w[i + 1] = VEC_PAIR_HIGH(ab, cd);
+        ab = VEC_UNPACK_HIGH(v[i], v[i + 1]), cd = VEC_UNPACK_HIGH(v[i + 2], v[i + 3]);
+        w[i + 2] = VEC_PAIR_LOW(ab, cd);
+        w[i + 3] = VEC_PAIR_HIGH(ab, cd);
+    }
+#if defined(__AVX512F__)
+    for (int i = 0; i < 4; i++) {
+        vec low_01 = _mm512_shuffle_f32x4(w[i], w[i + 4], 0x88);  /* parts 0 2 of both */
+        vec high_01 = _mm512_shuffle_f32x4(w[i], w[i + 4], 0xdd); /* parts 1 3 */
+        vec low_23 = _mm512_shuffle_f32x4(w[i + 8], w[i + 12], 0x88);
+        vec high_23 = _mm512_shuffle_f32x4(w[i + 8], w[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_f32x4(low_01, low_23, 0x88);
+        v[i + 4] = _mm512_shuffle_f32x4(high_01, high_23, 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(low_01, low_23, 0xdd);
+        v[i + 12] = _mm512_shuffle_f32x4(high_01, high_23, 0xdd);
+    }
+#else
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(w[i], w[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(w[i], w[i + 4], 0x31);
+    }
+#endif
+#else
+    for (int i = 0; i < VEC_LANES; i++)
+        for (int j = 0; j < i; j++) {
+            float swap = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = swap;
+        }
+#endif
+}
+
 /* ---- functions ---- */
 
 /* p * 2^n for whole n in -252..254. */
@@ -352,11 +434,11 @@ VEC_INLINE vec vec_round(vec v)
 #endif
 }
 
-/* 2^v; 0 below -150, infinity from 128 on. Relative error below 2e-7 where the result is a normal number, and
- * exactly 1 at 0. Coefficients: minimax for 2^r on [-1/2, 1/2], error 2.6e-9. */
-VEC_INLINE vec vec_exp2(vec v)
+/* 2^v for v <= 0; 0 below -150. Relative error below 2e-7 where the result is a normal number, and exactly 1 at
+ * 0. Coefficients: minimax for 2^r on [-1/2, 1/2], error 2.6e-9. */
+VEC_INLINE vec vec_exp2_decay(vec v)
 {
-    v = vec_min(vec_max(v, vec_set1(-151.0f)), vec_set1(129.0f));
+    v = vec_max(v, vec_set1(-151.0f));
     vec n = vec_round(v), r = v - n;
     vec p = vec_fma(vec_set1(1.5594677549111340e-04f), r, vec_set1(1.3406643904897303e-03f));
     p = vec_fma(p, r, vec_set1(9.6176929748887537e-03f));
@@ -367,7 +449,7 @@ VEC_INLINE vec vec_exp2(vec v)
     return vec_scale(p, n);
 }
 
-/* e^v, likewise: 0 below -104, infinity above 88.73. ln 2 in two parts (Cody and Waite 1980). */
+/* e^v, as exact: 0 below -104, infinity above 88.73. ln 2 in two parts (Cody and Waite 1980). */
 VEC_INLINE vec vec_exp(vec v)
 {
     v = vec_min(vec_max(v, vec_set1(-105.0f)), vec_set1(89.5f));

@@ -160,7 +160,8 @@ static void scan_backward_case(struct session *s, const void *param)
     if (p->initial)
         v.da_log = accumulated_rows(s, "da_log", p->channels, p->size, p->size, SUMMED);
     if (p->final)
-        v.dd = accumulated_rows(s, "dd", 1, p->channels, p->channels, SUMMED);
+        /* A single channel's is one sum of either sign, with nothing beside it to be small against. */
+        v.dd = accumulated_rows(s, "dd", 1, p->channels, p->channels, p->channels == 1 ? 1e-10 : SUMMED);
     if (p->initial || p->final)
         v.ddt_bias = accumulated_rows(s, "ddt_bias", 1, p->channels, p->channels, SUMMED);
     v.workspace = scratch_bytes(s, "workspace",
