@@ -509,8 +509,8 @@ static void mamba_pass_plan(const struct model_config *c, const struct plan_requ
     plan_add(plan, PASS_RSTD, PLAN_ACTIVATION, (layers + 1) * tokens, f);
     plan_add(plan, PASS_XZ, PLAN_ACTIVATION, layers * 2 * inner, f);
     plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, layers * width, f);
-    plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION,
-             layers * max_chunks(tokens, request->max_seqs) * c->d_state * c->d_inner, f);
+    plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION, layers * max_chunks(tokens, request->max_seqs),
+             c->d_state * c->d_inner * f);
     if (lora) {
         plan_add(plan, PASS_U, PLAN_ACTIVATION,
                  layers * projections(request->lora.targets) * tokens * request->lora.rank, f);

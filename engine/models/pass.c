@@ -37,7 +37,7 @@ int pass_create(struct model *model, struct adapter *adapter, int64_t max_tokens
 {
     struct plan plan;
     if (max_tokens < 1 || max_tokens > INT32_MAX || max_seqs < 1)
-        return error_set(error, ERROR_INVALID, "a training batch holds at least one token");
+        return error_set(error, ERROR_INVALID, "a training batch holds from 1 to %d tokens", INT32_MAX);
     if (adapter->model != model)
         return error_set(error, ERROR_INVALID, "an adapter of another model");
     struct pass *pass = calloc(1, sizeof *pass);
@@ -188,6 +188,9 @@ static int head(const struct pass *pass, const struct batch *batch, const struct
     for (int64_t t = 0; t < batch->n_tokens; t++)
         if (batch->targets[t] >= 0)
             pass->host_targets[counted++] = batch->targets[t];
+    *ret_counted = counted;
+    if (!counted)
+        return 0;
     struct head_args args = {.rows = counted,
                              .d_model = model->config.d_model,
                              .vocab = model->config.vocab_size,
@@ -217,7 +220,6 @@ static int head(const struct pass *pass, const struct batch *batch, const struct
         if (!status)
             status = ops->zero(model->device, at[PASS_DRESIDUAL], stream_bytes);
     }
-    *ret_counted = counted;
     return status;
 }
 
@@ -269,7 +271,7 @@ int pass_run(struct pass *pass, const struct batch *batch, const struct pass_opt
         code = pass->model->family->pass_forward(pass, batch, options, error);
     if (!code)
         code = model_status(head(pass, batch, options, &counted), error, "head");
-    if (!code && options->backward && counted)
+    if (!code && options->backward && counted > 0)
         code = backward(pass, batch, options, error);
     return code ? code : collect(pass, counted, ret_result, error);
 }

@@ -68,8 +68,8 @@ int model_plan(const struct model *model, const struct plan_request *request, st
 {
     struct memory_plan result = {0};
     struct plan plan;
-    if (request->max_tokens < 1 || request->max_seqs < 1)
-        return error_set(error, ERROR_INVALID, "a training batch holds at least one token");
+    if (request->max_tokens < 1 || request->max_tokens > INT32_MAX || request->max_seqs < 1)
+        return error_set(error, ERROR_INVALID, "a training batch holds from 1 to %d tokens", INT32_MAX);
     int code = adapter_bytes(model, request->adaptation, &request->lora, &result.parameter_bytes,
                              &result.gradient_bytes, error);
     if (code)

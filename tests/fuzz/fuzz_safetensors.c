@@ -1,6 +1,6 @@
 /* fuzz_safetensors.c: any bytes as a .safetensors file: an error or tensors that lie inside the file.
- * Build with clang -fsanitize=fuzzer,address,undefined, together with engine/models/safetensors.c, base/*.c and
- * kernels/common.c. One thread; the input goes through a file in memory, since the reader maps files. */
+ * Build with clang -fsanitize=fuzzer,address,undefined together with engine/models/safetensors.c, the files of
+ * base/ and kernels/common.c. One thread; the input goes through a file in memory, since the reader maps files. */
 #include "engine/models/safetensors.h"
 
 #include <stdio.h>

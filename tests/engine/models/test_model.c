@@ -297,9 +297,11 @@ static void test_limits(void **state)
     struct runner *runner = NULL;
     struct state_pool *pool = NULL;
     struct memory_plan plan;
-    const struct plan_request huge = {ADAPT_FULL, {0}, INT64_MAX / 64, 1};
+    struct plan_request huge = {ADAPT_FULL, {0}, INT32_MAX, INT32_MAX};
     check_ok(model_plan(model, &huge, &plan, &error), &error);
-    assert_true(plan.total_bytes == INT64_MAX);
+    assert_true(plan.total_bytes > INT64_C(1) << 46);
+    huge.max_tokens++;
+    check_error(model_plan(model, &huge, &plan, &error), ERROR_INVALID, &error, "tokens");
     check_error(runner_create(model, 0, 1, &runner, &error), ERROR_INVALID, &error, "token");
     check_error(state_pool_create(model, 0, &pool, &error), ERROR_INVALID, &error, "slot");
     check_ok(state_pool_create(model, 1, &pool, &error), &error);
