@@ -309,7 +309,7 @@ static int pump(struct worker *worker)
     struct frame frame;
     while (worker_stream_next(&worker->stream, &frame) > 0)
         dispatch(worker, &frame);
-    worker_stream_pump(&worker->stream);
+    worker_stream_flush(&worker->stream);
     return worker->stream.failure ? worker->stream.failure : worker->device_failure;
 }
 

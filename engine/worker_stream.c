@@ -41,7 +41,7 @@ void worker_stream_free(struct worker_stream *stream)
     buffer_free(&stream->out);
 }
 
-void worker_stream_wait(struct worker_stream *stream, int timeout_ms)
+static void wait_for_either(const struct worker_stream *stream, int timeout_ms)
 {
     struct pollfd wanted = {.fd = stream->fd};
     if (stream->in.length < IN_LIMIT_BYTES)
@@ -49,6 +49,12 @@ void worker_stream_wait(struct worker_stream *stream, int timeout_ms)
     if (stream->sent < stream->out.length)
         wanted.events |= POLLOUT;
     poll(&wanted, 1, timeout_ms);
+}
+
+void worker_stream_wait(struct worker_stream *stream, int timeout_ms)
+{
+    if (!stream->fresh && !stream->failure)
+        wait_for_either(stream, timeout_ms);
 }
 
 static int take_in(struct worker_stream *stream)
@@ -60,6 +66,7 @@ static int take_in(struct worker_stream *stream)
         if (n > 0) {
             stream->in.length += (size_t)n;
             stream->in.data[stream->in.length] = '\0';
+            stream->fresh = true;
             if (n < READ_BYTES)
                 return 0;
         } else if (n == 0) {
@@ -106,6 +113,12 @@ int worker_stream_pump(struct worker_stream *stream)
     return stream->failure;
 }
 
+void worker_stream_flush(struct worker_stream *stream)
+{
+    if (!stream->failure)
+        give_out(stream);
+}
+
 int worker_stream_next(struct worker_stream *stream, struct frame *ret_frame)
 {
     if (stream->failure)
@@ -113,6 +126,8 @@ int worker_stream_next(struct worker_stream *stream, struct frame *ret_frame)
     int status = frame_decode(&stream->in, ret_frame, &stream->error);
     if (status < 0)
         stream->failure = status;
+    if (status <= 0)
+        stream->fresh = false;
     return status;
 }
 
@@ -129,7 +144,7 @@ void worker_stream_send(struct worker_stream *stream, enum frame_type type, uint
     if (stream->out.length - stream->sent >= WRITE_SOON_BYTES)
         give_out(stream);
     while (!stream->failure && stream->out.length - stream->sent > OUT_LIMIT_BYTES) {
-        worker_stream_wait(stream, -1);
+        wait_for_either(stream, -1);
         worker_stream_pump(stream);
     }
 }

@@ -11,6 +11,7 @@ struct worker_stream {
     int fd;
     struct buffer in;
     struct buffer out;
+    bool fresh;  /* in holds bytes that worker_stream_next has not looked at */
     size_t sent; /* of out, already given to the system */
     int failure; /* sticky: ERROR_IO once the other side is gone, ERROR_CORRUPT, ERROR_NO_MEMORY */
     struct error error;
@@ -19,10 +20,12 @@ struct worker_stream {
 /* fd is made non-blocking and stays the caller's. */
 int worker_stream_open(struct worker_stream *stream, int fd, struct error *error);
 void worker_stream_free(struct worker_stream *stream);
-/* Sleep until there is something to read, or room for what waits to be written, or the time is over. */
+/* Sleep until there is something to look at, or room for what waits to be written, or the time is over. */
 void worker_stream_wait(struct worker_stream *stream, int timeout_ms);
 /* Take what has arrived and write what can be written, without waiting. Returns 0 or the failure. */
 int worker_stream_pump(struct worker_stream *stream);
+/* The writing half of it. */
+void worker_stream_flush(struct worker_stream *stream);
 /* The next whole frame among what has arrived: 1, 0 when there is none, or the failure. */
 int worker_stream_next(struct worker_stream *stream, struct frame *ret_frame);
 /* Queue a frame; payload is stolen (NULL = it could not be built: no memory). It leaves with the next pump,

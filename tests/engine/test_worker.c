@@ -123,8 +123,9 @@ static void peer_start(struct peer *peer)
     assert_int_equal(json_integer_value(json_object_get(hello.payload, "version")), PROTOCOL_VERSION);
     assert_int_equal(json_integer_value(json_object_get(hello.payload, "pid")), peer->pid);
     json_decref(hello.payload);
+    /* So rare a heartbeat that an answer which waited for it would be missed. */
     peer_send(peer, FRAME_CONFIGURE, 0,
-              json_pack("{s:i, s:i, s:i}", "max_seqs", 4, "prefill_tokens", 64, "heartbeat_ms", 20));
+              json_pack("{s:i, s:i, s:i}", "max_seqs", 4, "prefill_tokens", 64, "heartbeat_ms", 3600000));
 }
 
 /* Wait for the process; its exit status, or 128 + signal. */
@@ -246,6 +247,8 @@ static void test_loading_and_the_heartbeat(void **state)
     assert_true(integer_of(loaded, "state_bytes") > 0 && integer_of(loaded, "weight_bytes") > 0);
     json_decref(loaded);
 
+    peer_send(&peer, FRAME_CONFIGURE, 0,
+              json_pack("{s:i, s:i, s:i}", "max_seqs", 4, "prefill_tokens", 64, "heartbeat_ms", 20));
     for (int beats = 0; beats < 3;) {
         struct frame frame = peer_receive_any(&peer);
         assert_int_equal(frame.type, FRAME_STATUS);
