@@ -211,7 +211,7 @@ static json_t *encode_state(const struct training_state *state, const struct tra
     encode_fingerprint(tensors, hash);
     return json_pack(
         "{s:i, s:b, s:{s:O, s:s, s:s, s:s}, s:s, s:I, s:I, s:I, s:I, s:b, s:b, s:o, s:o, s:o, s:o, s:o, s:o,"
-        " s:I, s:o, s:o, s:I, s:I}",
+        " s:I, s:o, s:o, s:I}",
         "version", STATE_VERSION, "resumable_only", (int)resumable_only, "run", "spec", identity->spec,
         "model", model, "training_data", training, "validation_data", validation, "tensors", hash, "step",
         (json_int_t)state->step, "epoch", (json_int_t)state->cursor.epoch, "position",
@@ -221,8 +221,7 @@ static json_t *encode_state(const struct training_state *state, const struct tra
         encode_real(state->learning_rate), "grad_norm", encode_real(state->grad_norm), "valid_loss",
         encode_real(state->valid_loss), "valid_accuracy", encode_real(state->valid_accuracy), "best_step",
         (json_int_t)state->best_step, "best_loss", encode_real(state->best_loss), "patience_loss",
-        encode_real(state->patience_loss), "stale_evaluations", (json_int_t)state->stale_evaluations,
-        "live_gradients", (json_int_t)state->live_gradients);
+        encode_real(state->patience_loss), "stale_evaluations", (json_int_t)state->stale_evaluations);
 }
 
 static int write_state(const char *path, const struct training_state *state,
@@ -350,7 +349,6 @@ int checkpoint_read_state(const char *path, const struct training_identity *iden
         .best_loss = state_real(json, "best_loss", &valid),
         .patience_loss = state_real(json, "patience_loss", &valid),
         .stale_evaluations = state_integer(json, "stale_evaluations", &valid),
-        .live_gradients = state_integer(json, "live_gradients", &valid),
     };
     if (!valid || state.step < 0 || state.cursor.epoch < 0 || state.cursor.position < 0) {
         code = error_set(error, ERROR_CORRUPT, "the state in %s is damaged", path);

@@ -34,7 +34,6 @@ struct training_state {
     double best_loss;
     double patience_loss; /* what early stopping wants to see improved */
     int64_t stale_evaluations;
-    int64_t live_gradients; /* which adapter factors have had a gradient that is not 0: see trainer.c */
 };
 
 /* Whose checkpoint it is: resuming under any other is refused. */

@@ -33,9 +33,9 @@
 #include <unistd.h>
 
 enum { LOCK_WAIT_MS = 30000, LOCK_RETRY_MS = 50 };
-/* Both factors of every adapter must have had a gradient by this step: one starts at zero, so the other's
- * first gradient that is not zero comes at step 2. */
-enum { PROBE_STEPS = 3 };
+/* When adapters must show a gradient: one factor starts at zero and moves at step 1, so the other's first
+ * gradient comes at step 2; one more for a target that only another target's adapter brings to life. */
+enum { PROBE_STEP = 3 };
 enum { N_TARGETS = 5, N_PROBES = 2 * N_TARGETS };
 /* How much of the past the smoothed rates keep from step to step. */
 static const double smoothing = 0.9;
@@ -543,34 +543,35 @@ static uint64_t dropout_seed(uint64_t seed, int64_t step, int32_t batch)
     return seed;
 }
 
-/* An adapter that takes no part in the forward pass has no gradient, and training it would be a lie. */
-static int probe_gradients(struct trainer *trainer, int64_t step, struct error *error)
+/* An adapter that takes no part in the forward pass has no gradient, and training it would be a lie. One look,
+ * at step PROBE_STEP: each factor of a projection must have a gradient by then, and one of an embedding's (the
+ * other's is that of tokens seen before, of which this step may have none). */
+static int probe_gradients(const struct trainer *trainer, int64_t step, struct error *error)
 {
-    int64_t deadline =
-        trainer->workload.total_steps < PROBE_STEPS ? trainer->workload.total_steps : PROBE_STEPS;
-    for (int probe = 0; probe < N_PROBES && step <= deadline; probe++) {
-        int32_t begin = trainer->probe_starts[probe], end = trainer->probe_starts[probe + 1];
-        double sum = 0;
-        if (begin == end || trainer->state.live_gradients >> probe & 1)
+    int64_t total_steps = trainer->workload.total_steps;
+    if (step != (total_steps < PROBE_STEP ? total_steps : PROBE_STEP))
+        return 0;
+    for (int t = 0; t < N_TARGETS; t++) {
+        enum lora_target target = (enum lora_target)(1 << t);
+        int n_live = 0, n_wanted = step == 1 || target == TARGET_EMBEDDINGS ? 1 : 2;
+        if (trainer->probe_starts[2 * t] == trainer->probe_starts[2 * t + 2])
             continue;
-        int code = kernel_check(
-            trainer->ops->grad_norm(trainer->device,
-                                    &(struct grad_norm_args){trainer->slices + begin, end - begin, &sum}),
-            "cannot check the gradients", error);
-        if (code)
-            return code;
-        trainer->state.live_gradients |= (int64_t)(sum != 0) << probe;
-    }
-    for (int target = 0; target < N_TARGETS && step == deadline; target++) {
-        int64_t live = trainer->state.live_gradients >> 2 * target & 3;
-        if (trainer->probe_starts[2 * target] == trainer->probe_starts[2 * target + 2])
-            continue;
-        if (live != 3 && (live == 0 || step > 1))
+        for (int probe = 2 * t; probe < 2 * t + 2; probe++) {
+            int32_t begin = trainer->probe_starts[probe], end = trainer->probe_starts[probe + 1];
+            double sum = 0;
+            const struct grad_norm_args args = {trainer->slices + begin, end - begin, &sum};
+            int code = kernel_check(trainer->ops->grad_norm(trainer->device, &args),
+                                    "cannot check the gradients", error);
+            if (code)
+                return code;
+            n_live += sum > 0;
+        }
+        if (n_live < n_wanted)
             return error_set_param(
                 error, ERROR_INVALID, "lora.targets",
                 "the adapter on %s takes no part in this model: its gradient is exactly zero "
-                "after %" PRId64 " steps",
-                lora_target_name((enum lora_target)(1 << target)), step);
+                "at step %" PRId64,
+                lora_target_name(target), step);
     }
     return 0;
 }

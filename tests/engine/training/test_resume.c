@@ -84,6 +84,8 @@ static void test_lora(void **unused)
     options.spec.checkpoint_steps = 3;
     options.spec.load_best_at_end = true;
     options.spec.keep_checkpoints = 1;
+    options.spec.n_epochs = 3;
+    options.spec.early_stopping_patience = 2; /* which its memory of the best keeps from happening */
     interrupt_everywhere(&options, "adapter_model.safetensors");
 }
 
@@ -95,7 +97,7 @@ static void test_lora_everywhere_packed(void **unused)
     options.spec.packing = true;
     options.spec.batch_size = 1;
     options.spec.gradient_accumulation_steps = 3;
-    options.spec.early_stopping_patience = 1;
+    options.spec.early_stopping_patience = 2;
     options.spec.early_stopping_min_delta = 100;
     options.spec.n_epochs = 5;
     interrupt_everywhere(&options, "adapter_model.safetensors");
