@@ -489,18 +489,15 @@ static int write_checkpoint(struct trainer *trainer, struct error *error)
         code = drop_checkpoints(trainer, error);
     if (code)
         return code;
-    struct checkpoint_entry *entry = find_entry(trainer, state->step);
-    if (!entry) {
-        entry = realloc(list->entries, (size_t)(list->count + 1) * sizeof *entry);
-        if (!entry)
-            return error_set(error, ERROR_NO_MEMORY, "no memory for a checkpoint");
-        list->entries = entry;
-    }
+    struct checkpoint_entry *entries = realloc(list->entries, (size_t)(list->count + 1) * sizeof *entries);
+    if (!entries)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a checkpoint");
+    list->entries = entries;
     code = checkpoint_write(trainer->checkpoints_folder, state, &trainer->identity, resumable_only,
                             trainer->adapter, trainer->base_name, error);
     if (code)
         return code;
-    entry = find_entry(trainer, state->step);
+    struct checkpoint_entry *entry = find_entry(trainer, state->step);
     if (!entry)
         entry = &list->entries[list->count++];
     *entry = (struct checkpoint_entry){state->step, resumable_only};

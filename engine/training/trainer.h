@@ -64,7 +64,7 @@ struct training_metrics {
     int64_t epoch;                     /* 1 for the first */
     double train_loss, train_accuracy; /* means over the step's targets */
     double learning_rate, grad_norm;
-    double tokens_per_second; /* smoothed over the last steps; time spent in training passes alone */
+    double tokens_per_second; /* smoothed over the last steps; of the time inside training passes */
     int64_t trained_tokens;   /* so far, resumed runs included */
     bool has_valid;
     double valid_loss, valid_accuracy; /* of the whole validation set */
@@ -125,9 +125,9 @@ int trainer_inspect(const struct trainer_options *options, struct trainer_inspec
 struct trainer;
 
 /* Take FOLDER/lock (waiting up to 30 s for another worker to let go, then ERROR_BUSY), load the data, plan
- * memory (reported through message), allocate, resume. A resume_from that is gone because a newer checkpoint
- * superseded it resumes from the newest; checkpoints newer than the one resumed from are removed, they will
- * be made again. A checkpoint of another spec, model or data is refused with ERROR_INVALID. */
+ * memory (reported through message), allocate, resume. A resume_from whose folder is gone
+ * stands for the newest checkpoint there is; those newer than the one resumed from are removed, they will be
+ * made again, and steps after it are reported again in the same words. A checkpoint of another spec, model or data is refused with ERROR_INVALID. */
 int trainer_open(const struct trainer_options *options, struct trainer **ret_trainer, struct error *error);
 void trainer_close(struct trainer *trainer);
 
