@@ -12,7 +12,7 @@
 static double number_or_nan(const json_t *payload, const char *key)
 {
     const json_t *value = json_object_get(payload, key);
-    return json_is_number(value) ? json_number_value(value) : NAN;
+    return json_is_number(value) ? json_number_value(value) : (double)NAN;
 }
 
 static int64_t integer_or_zero(const json_t *payload, const char *key)

@@ -100,7 +100,7 @@ void scheduler_create_job(struct scheduler *scheduler, const struct job_request 
     job->status = JOB_VALIDATING;
     job->trained_tokens = -1;
     job->queue_position = -1;
-    job->loss = job->tokens_per_second = job->eta_seconds = job->bytes_per_token = NAN;
+    job->loss = job->tokens_per_second = job->eta_seconds = job->bytes_per_token = (double)NAN;
     if (request->has_seed)
         job->seed = request->seed;
     else
