@@ -1,5 +1,6 @@
 /* conv.c: causal depthwise convolution with SiLU, forward (one token or many) and backward. A task takes a block of
- * channels, a vector of them at a time down the tokens of a sequence. */
+ * channels down the rows of a sequence, so that memory is read in order; what belongs to its channels (weights turned to
+ * rows, sums of gradients) stays in the first cache. */
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/device.h"
 #include "kernels/cpu/ops.h"
@@ -7,11 +8,23 @@
 
 enum {
     WIDTH_MAX = 8,
-    BLOCK_CHANNELS = 64,
+    BLOCK_CHANNELS = 256,
+    BACKWARD_CHANNELS = 128,
     TASK_ELEMENTS = 4096, /* below this one thread does all */
     LONG_TOKENS = 32,     /* sequences of this many tokens on average are tasks of their own */
-    SUM_TOKENS = 256, /* gradients are summed over so many tokens, then over the sums, for their precision */
+    SEGMENT_TOKENS =
+        256, /* a long sequence is cut into these; sums of gradients as well, for their precision */
 };
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t divide_up(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
 
 static float *state_of(const struct state_view *view, int32_t seq)
 {
@@ -21,16 +34,30 @@ static float *state_of(const struct state_view *view, int32_t seq)
     return view->pool + slot * view->slot_stride;
 }
 
-/* w[k] lane j = weight[c + j, k]. */
-VEC_INLINE void load_weights(const float *weight, int64_t width, int64_t c, int64_t n, vec *w)
+/* A block of channels: [width][count] of weights, [count] of biases. */
+struct block_weights {
+    float rows[WIDTH_MAX][BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
+};
+
+static const float zeros[BLOCK_CHANNELS];
+
+static void load_weights(struct block_weights *to, const float *weight, const float *bias, int64_t width,
+                         int64_t first, int64_t count)
 {
-    float columns[WIDTH_MAX][VEC_LANES] = {{0}};
-    const float *from = weight + c * width;
-    for (int64_t j = 0; j < n; j++)
+    for (int64_t c = 0; c < count; c++)
         for (int64_t k = 0; k < width; k++)
-            columns[k][j] = from[j * width + k];
-    for (int64_t k = 0; k < width; k++)
-        w[k] = vec_load(columns[k]);
+            to->rows[k][c] = weight[(first + c) * width + k];
+    memcpy(to->bias, bias != NULL ? bias + first : zeros, (size_t)count * sizeof(float));
+}
+
+/* Row t of a sequence that begins at x; before its start the state's, oldest first, or zeros. All already point at the
+ * block's first channel. */
+static const float *input_row(const float *x, int64_t x_stride, const float *state, int64_t channels,
+                              int64_t width, int64_t t)
+{
+    if (t >= 0)
+        return x + t * x_stride;
+    return state != NULL ? state + (width - 1 + t) * channels : zeros;
 }
 
 /* ---- forward ---- */
@@ -39,54 +66,46 @@ struct forward_task {
     const struct conv_forward_args *args;
     int64_t blocks;         /* of channels */
     int64_t block_channels; /* of one block */
-    bool by_sequence;       /* a task is one sequence, else all of them */
+    int64_t segments;       /* of the longest sequence */
+    bool by_sequence;       /* a task is a segment of one sequence, else all of them */
 };
 
-/* Rows before the sequence's start are those of the state, oldest first; NULL: zeros. */
-VEC_INLINE vec input_at(const float *x, int64_t x_stride, const float *state, int64_t channels, int64_t width,
-                        int64_t t, int64_t n)
+VEC_INLINE void forward_row(const struct block_weights *w, const float *const *in, int64_t width, float *y,
+                            int64_t count)
 {
-    if (t >= 0)
-        return vec_load_n(x + t * x_stride, n);
-    return state != NULL ? vec_load_n(state + (width - 1 + t) * channels, n) : vec_set1(0.0f);
-}
-
-/* One vector of channels through one sequence. x, y, state, final already point at the channel. */
-VEC_INLINE void forward_column(const struct conv_forward_args *a, int64_t width, const vec *w, vec bias,
-                               const float *x, float *y, const float *state, float *final, int64_t length,
-                               int64_t n)
-{
-    vec window[WIDTH_MAX]; /* inputs t - width + 1 .. t */
-    for (int64_t k = 0; k + 1 < width; k++)
-        window[k] = input_at(x, a->x_stride, state, a->channels, width, k - width + 1, n);
-    for (int64_t t = 0; t < length; t++) {
-        window[width - 1] = vec_load_n(x + t * a->x_stride, n);
-        vec sum = bias;
+    for (int64_t c = 0; c < count; c += VEC_LANES) {
+        int64_t n = smaller(count - c, VEC_LANES);
+        vec sum = vec_load_n(w->bias + c, n);
         for (int64_t k = 0; k < width; k++)
-            sum = vec_fma(w[k], window[k], sum);
-        vec_store_n(y + t * a->y_stride, sum * vec_sigmoid(sum), n);
-        for (int64_t k = 0; k + 1 < width; k++)
-            window[k] = window[k + 1];
+            sum = vec_fma(vec_load_n(w->rows[k] + c, n), vec_load_n(in[k] + c, n), sum);
+        vec_store_n(y + c, sum * vec_sigmoid(sum), n);
     }
-    /* The window is the state that comes next, wherever the old one lay. */
-    for (int64_t k = 0; final != NULL && k + 1 < width; k++)
-        vec_store_n(final + k * a->channels, window[k], n);
 }
 
-VEC_INLINE void forward_columns(const struct conv_forward_args *a, int64_t width, int32_t first_seq,
-                                int32_t end_seq, int64_t c, int64_t n)
+static void forward_segment(const struct conv_forward_args *a, const struct block_weights *w, int32_t s,
+                            int64_t first, int64_t count, int64_t begin, int64_t end)
 {
-    vec w[WIDTH_MAX];
-    load_weights(a->weight, width, c, n, w);
-    vec bias = a->bias != NULL ? vec_load_n(a->bias + c, n) : vec_set1(0.0f);
-    for (int32_t s = first_seq; s < end_seq; s++) {
-        int64_t start = a->seq_starts[s];
-        const float *state = state_of(&a->initial, s);
-        float *final = state_of(&a->final, s);
-        forward_column(a, width, w, bias, (const float *)a->x + start * a->x_stride + c,
-                       (float *)a->y + start * a->y_stride + c, state != NULL ? state + c : NULL,
-                       final != NULL ? final + c : NULL, a->seq_starts[s + 1] - start, n);
+    int64_t start = a->seq_starts[s], length = a->seq_starts[s + 1] - start;
+    const float *x = (const float *)a->x + start * a->x_stride + first;
+    float *y = (float *)a->y + start * a->y_stride + first;
+    const float *state = state_of(&a->initial, s), *in[WIDTH_MAX];
+    float *final = state_of(&a->final, s);
+    if (state != NULL)
+        state += first;
+    for (int64_t t = begin; t < smaller(end, length); t++) {
+        for (int64_t k = 0; k < a->width; k++)
+            in[k] = input_row(x, a->x_stride, state, a->channels, a->width, t - a->width + 1 + k);
+        if (a->width == 4)
+            forward_row(w, in, 4, y + t * a->y_stride, count);
+        else
+            forward_row(w, in, a->width, y + t * a->y_stride, count);
     }
+    /* The task that has read the old state writes the new one: they may be one. Entry k is read for the entries before
+     * it alone. */
+    for (int64_t k = 0; begin == 0 && final != NULL && k < a->width - 1; k++)
+        memmove(final + first + k * a->channels,
+                input_row(x, a->x_stride, state, a->channels, a->width, length - a->width + 1 + k),
+                (size_t)count * sizeof(float));
 }
 
 static void forward_block(void *arg, int64_t index, int thread)
@@ -94,20 +113,19 @@ static void forward_block(void *arg, int64_t index, int thread)
     (void)thread;
     const struct forward_task *task = arg;
     const struct conv_forward_args *a = task->args;
-    int32_t first_seq = 0, end_seq = a->n_seqs;
-    if (task->by_sequence) {
-        first_seq = (int32_t)(index / task->blocks);
-        end_seq = first_seq + 1;
-    }
-    int64_t first = index % task->blocks * task->block_channels, end = first + task->block_channels;
-    if (end > a->channels)
-        end = a->channels;
-    for (int64_t c = first; c < end; c += VEC_LANES) {
-        int64_t n = end - c < VEC_LANES ? end - c : VEC_LANES;
-        if (a->width == 4 && n == VEC_LANES)
-            forward_columns(a, 4, first_seq, end_seq, c, VEC_LANES);
-        else
-            forward_columns(a, a->width, first_seq, end_seq, c, n);
+    int64_t block = index % task->blocks, segment = index / task->blocks % task->segments;
+    int64_t end = smaller(task->block_channels * (block + 1), a->channels);
+    struct block_weights w;
+    for (int64_t first = task->block_channels * block; first < end; first += BLOCK_CHANNELS) {
+        int64_t count = smaller(end - first, BLOCK_CHANNELS);
+        load_weights(&w, a->weight, a->bias, a->width, first, count);
+        if (task->by_sequence) {
+            int32_t s = (int32_t)(index / task->blocks / task->segments);
+            forward_segment(a, &w, s, first, count, segment * SEGMENT_TOKENS, (segment + 1) * SEGMENT_TOKENS);
+            continue;
+        }
+        for (int32_t s = 0; s < a->n_seqs; s++)
+            forward_segment(a, &w, s, first, count, 0, a->tokens);
     }
 }
 
@@ -121,95 +139,103 @@ int CPU_NAME(cpu_conv_forward)(struct kernel_device *device, const struct conv_f
     bool small = a->tokens * a->channels <= TASK_ELEMENTS;
     struct forward_task task = {.args = a,
                                 .block_channels = small ? a->channels : BLOCK_CHANNELS,
+                                .segments = 1,
                                 .by_sequence = !small && a->tokens >= LONG_TOKENS * (int64_t)a->n_seqs};
-    task.blocks = (a->channels + task.block_channels - 1) / task.block_channels;
-    cpu_parallel(device, task.blocks * (task.by_sequence ? a->n_seqs : 1), forward_block, &task);
+    task.blocks = divide_up(a->channels, task.block_channels);
+    for (int32_t s = 0; task.by_sequence && s < a->n_seqs; s++) {
+        int64_t segments = divide_up(a->seq_starts[s + 1] - a->seq_starts[s], SEGMENT_TOKENS);
+        task.segments = segments > task.segments ? segments : task.segments;
+    }
+    cpu_parallel(device, task.blocks * (task.by_sequence ? task.segments * a->n_seqs : 1), forward_block,
+                 &task);
     return KERNEL_OK;
 }
 
 /* ---- backward ---- */
 
-/* One vector of channels: what is summed over tokens. */
-struct column_sums {
-    vec dweight[WIDTH_MAX], dbias;
+/* Of one block of channels. */
+struct block_gradients {
+    float g[WIDTH_MAX][BACKWARD_CHANNELS]; /* of the pre-activations of the last width tokens, a ring */
+    float dweight[WIDTH_MAX][BACKWARD_CHANNELS], dbias[BACKWARD_CHANNELS];             /* of this segment */
+    float dweight_total[WIDTH_MAX][BACKWARD_CHANNELS], dbias_total[BACKWARD_CHANNELS]; /* of those before */
 };
 
-VEC_INLINE void sums_add(struct column_sums *to, struct column_sums *from, int64_t width)
+static void add_to_total(float *total, float *sums)
 {
-    for (int64_t k = 0; k < width; k++) {
-        to->dweight[k] += from->dweight[k];
-        from->dweight[k] = vec_set1(0.0f);
+    for (int64_t c = 0; c < BACKWARD_CHANNELS; c++) {
+        total[c] += sums[c];
+        sums[c] = 0.0f;
     }
-    to->dbias += from->dbias;
-    from->dbias = vec_set1(0.0f);
 }
 
 /* With p the pre-activation:  g[t] = dy[t] silu'(p[t]),  dx[t] = sum_k w[k] g[t+width-1-k],
- * dw[k] = sum_t g[t] x[t-width+1+k]. From the last token to the first, the next g's in a window. */
-VEC_INLINE void backward_column(const struct conv_backward_args *a, int64_t width, const vec *w, vec bias,
-                                int32_t s, int64_t c, int64_t n, struct column_sums *total)
+ * dw[k] += g[t] x[t-width+1+k]. g[k] is that of token t + width - 1 - k; g[width-1] is written here. */
+VEC_INLINE void backward_row(const struct block_weights *w, struct block_gradients *sums,
+                             const float *const *in, float *const *g, int64_t width, const float *dy,
+                             float *dx, int64_t count)
 {
-    int64_t start = a->seq_starts[s], length = a->seq_starts[s + 1] - start;
-    const float *x = (const float *)a->x + start * a->x_stride + c;
-    const float *dy = (const float *)a->dy + start * a->dy_stride + c;
-    float *dx = (float *)a->dx + start * a->dx_stride + c;
-    struct column_sums sums;
-    vec g[WIDTH_MAX]; /* g[k]: of token t + width - 1 - k */
-    for (int64_t k = 0; k < width; k++)
-        g[k] = sums.dweight[k] = vec_set1(0.0f);
-    sums.dbias = vec_set1(0.0f);
-
-    for (int64_t t = length - 1; t >= 0; t--) {
-        vec in[WIDTH_MAX], p = bias, out = vec_set1(0.0f);
-        for (int64_t k = 0; k < width; k++) {
-            in[k] = input_at(x, a->x_stride, NULL, a->channels, width, t - width + 1 + k, n);
-            p = vec_fma(w[k], in[k], p);
-        }
-        for (int64_t k = 0; k + 1 < width; k++)
-            g[k] = g[k + 1];
+    for (int64_t c = 0; c < count; c += VEC_LANES) {
+        int64_t n = smaller(count - c, VEC_LANES);
+        vec p = vec_load_n(w->bias + c, n);
+        for (int64_t k = 0; k < width; k++)
+            p = vec_fma(vec_load_n(w->rows[k] + c, n), vec_load_n(in[k] + c, n), p);
         vec sigmoid = vec_sigmoid(p);
         vec slope = sigmoid * vec_fma(p, 1.0f - sigmoid, vec_set1(1.0f));
-        g[width - 1] = vec_load_n(dy + t * a->dy_stride, n) * slope;
+        vec now = vec_load_n(dy + c, n) * slope;
+        vec_store_n(g[width - 1] + c, now, n);
+        vec out = vec_set1(0.0f);
         for (int64_t k = 0; k < width; k++) {
-            out = vec_fma(w[k], g[k], out);
-            sums.dweight[k] = vec_fma(g[width - 1], in[k], sums.dweight[k]);
+            out = vec_fma(vec_load_n(w->rows[k] + c, n), vec_load_n(g[k] + c, n), out);
+            float *dweight = sums->dweight[k] + c;
+            vec_store_n(dweight, vec_fma(now, vec_load_n(in[k] + c, n), vec_load_n(dweight, n)), n);
         }
-        sums.dbias += g[width - 1];
-        vec_store_n(dx + t * a->dx_stride, out, n);
-        if (t % SUM_TOKENS == 0)
-            sums_add(total, &sums, width);
+        vec_store_n(sums->dbias + c, vec_load_n(sums->dbias + c, n) + now, n);
+        vec_store_n(dx + c, out, n);
     }
 }
 
-VEC_INLINE void backward_columns(const struct conv_backward_args *a, int64_t width, int64_t c, int64_t n)
+/* From the last token to the first. */
+static void backward_sequence(const struct conv_backward_args *a, const struct block_weights *w,
+                              struct block_gradients *sums, int32_t s, int64_t first, int64_t count)
 {
-    vec w[WIDTH_MAX];
-    load_weights(a->weight, width, c, n, w);
-    vec bias = a->bias != NULL ? vec_load_n(a->bias + c, n) : vec_set1(0.0f);
-    struct column_sums total;
-    for (int64_t k = 0; k < width; k++)
-        total.dweight[k] = vec_set1(0.0f);
-    total.dbias = vec_set1(0.0f);
-    for (int32_t s = 0; s < a->n_seqs; s++)
-        backward_column(a, width, w, bias, s, c, n, &total);
-
-    if (a->dbias != NULL)
-        vec_store_n(a->dbias + c, vec_load_n(a->dbias + c, n) + total.dbias, n);
-    for (int64_t k = 0; a->dweight != NULL && k < width; k++)
-        for (int64_t j = 0; j < n; j++)
-            a->dweight[(c + j) * width + k] += total.dweight[k][j];
+    int64_t start = a->seq_starts[s], length = a->seq_starts[s + 1] - start;
+    const float *x = (const float *)a->x + start * a->x_stride + first;
+    const float *dy = (const float *)a->dy + start * a->dy_stride + first, *in[WIDTH_MAX];
+    float *dx = (float *)a->dx + start * a->dx_stride + first, *g[WIDTH_MAX];
+    memset(sums->g, 0, sizeof(sums->g));
+    for (int64_t t = length - 1; t >= 0; t--) {
+        for (int64_t k = 0; k < a->width; k++) {
+            in[k] = input_row(x, a->x_stride, NULL, a->channels, a->width, t - a->width + 1 + k);
+            g[k] = sums->g[(t + a->width - 1 - k) % a->width];
+        }
+        if (a->width == 4)
+            backward_row(w, sums, in, g, 4, dy + t * a->dy_stride, dx + t * a->dx_stride, count);
+        else
+            backward_row(w, sums, in, g, a->width, dy + t * a->dy_stride, dx + t * a->dx_stride, count);
+        if (t % SEGMENT_TOKENS != 0)
+            continue;
+        for (int64_t k = 0; k < a->width; k++)
+            add_to_total(sums->dweight_total[k], sums->dweight[k]);
+        add_to_total(sums->dbias_total, sums->dbias);
+    }
 }
 
 static void backward_block(void *arg, int64_t index, int thread)
 {
     (void)thread;
     const struct conv_backward_args *a = *(const struct conv_backward_args *const *)arg;
-    int64_t c = index * VEC_LANES;
-    int64_t n = a->channels - c < VEC_LANES ? a->channels - c : VEC_LANES;
-    if (a->width == 4 && n == VEC_LANES)
-        backward_columns(a, 4, c, VEC_LANES);
-    else
-        backward_columns(a, a->width, c, n);
+    int64_t first = index * BACKWARD_CHANNELS, count = smaller(a->channels - first, BACKWARD_CHANNELS);
+    struct block_weights w;
+    struct block_gradients sums;
+    load_weights(&w, a->weight, a->bias, a->width, first, count);
+    memset(&sums, 0, sizeof(sums));
+    for (int32_t s = 0; s < a->n_seqs; s++)
+        backward_sequence(a, &w, &sums, s, first, count);
+    for (int64_t c = 0; a->dbias != NULL && c < count; c++)
+        a->dbias[first + c] += sums.dbias_total[c];
+    for (int64_t c = 0; a->dweight != NULL && c < count; c++)
+        for (int64_t k = 0; k < a->width; k++)
+            a->dweight[(first + c) * a->width + k] += sums.dweight_total[k][c];
 }
 
 int CPU_NAME(cpu_conv_backward)(struct kernel_device *device, const struct conv_backward_args *a)
@@ -219,6 +245,6 @@ int CPU_NAME(cpu_conv_backward)(struct kernel_device *device, const struct conv_
         status = KERNEL_UNSUPPORTED;
     if (status != KERNEL_OK)
         return status;
-    cpu_parallel(device, (a->channels + VEC_LANES - 1) / VEC_LANES, backward_block, &a);
+    cpu_parallel(device, divide_up(a->channels, BACKWARD_CHANNELS), backward_block, &a);
     return KERNEL_OK;
 }

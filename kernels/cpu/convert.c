@@ -46,8 +46,8 @@ VEC_INLINE void convert(const struct cast_task *task, int64_t first, int64_t end
     char *to = task->to;
     int64_t i = first;
     for (; i + VEC_LANES <= end; i += VEC_LANES) {
-        vec v = vec_load_as(from + (size_t)i * kernel_type_size(from_type), from_type);
-        void *at = to + (size_t)i * kernel_type_size(to_type);
+        vec v = vec_load_as(from + i * storage_bytes(from_type), from_type);
+        void *at = to + i * storage_bytes(to_type);
         if (to_type == TYPE_BF16)
             store_bf16(at, v);
         else if (to_type == TYPE_F16)

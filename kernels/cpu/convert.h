@@ -68,6 +68,12 @@ static inline uint16_t f16_from_float(float value)
     return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+/* Bytes of an F32, BF16 or F16 element, where `type` is a constant and a call would cost more than the element. */
+static inline int64_t storage_bytes(enum kernel_type type)
+{
+    return type == TYPE_F32 ? 4 : 2;
+}
+
 /* Element `index` of an array of F32, BF16 or F16. */
 static inline float load_as_float(const void *array, enum kernel_type type, int64_t index)
 {

@@ -1,6 +1,7 @@
 /* embedding.c: rows of the token table, with the adapter's low-rank path. In the backward, tokens go by in blocks of
  * BLOCK_TOKENS; within one, each output column belongs to one task, which adds tokens in order. */
 #include "kernels/cpu/check.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/device.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/vector.h"
@@ -41,11 +42,11 @@ VEC_INLINE void forward_token(const struct forward_task *task, int64_t token, en
 {
     const struct embedding_forward_args *a = task->args;
     int64_t id = a->ids[token];
-    const char *row = (const char *)a->table + (size_t)(id * a->d_model) * kernel_type_size(type);
+    const char *row = (const char *)a->table + id * a->d_model * storage_bytes(type);
     float *y = (float *)a->y + token * a->d_model;
     for (int64_t i = 0; i < a->d_model; i += VEC_LANES) {
         int64_t n = smaller(a->d_model - i, VEC_LANES);
-        vec v = vec_load_as_n(row + (size_t)i * kernel_type_size(type), type, n);
+        vec v = vec_load_as_n(row + i * storage_bytes(type), type, n);
         vec sum = vec_set1(0.0f);
         for (int64_t r = 0; task->b != NULL && r < a->rank; r++)
             sum = vec_fma(vec_load_n(task->b + r * a->d_model + i, n), vec_set1(a->lora_a[r * a->vocab + id]),

@@ -1,9 +1,9 @@
 /* sample.c: choosing the next token; a row is a task.
  *
  * The vocabulary is never sorted. Every filter keeps the first so many ids in descending order of logit (ties to the
- * lowest id), so it is told by the last id that it keeps, its `cut`. That one is found by a selection that halves a
- * list until the wanted mass (a number of ids for top-k, of probability for top-p) is reached, on a list that one pass
- * over the logits has already made short. The draw then walks the kept ids in ascending order. */
+ * lowest id), so it is told by the last id that it keeps, its cut. A histogram over the distance from the highest logit
+ * says in which bucket the cut lies, for top-k counting ids and for top-p adding their weights; only that bucket's ids
+ * are ordered, as far as needed. The draw then walks the kept ids in ascending order. */
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/device.h"
 #include "kernels/cpu/ops.h"
@@ -11,8 +11,8 @@
 
 enum {
     BLOCK = 64 * VEC_LANES, /* ids of one partial sum of weights */
-    GROUPS = 64,            /* vectors of group maxima */
-    SHORT_LIST = 256,       /* so many wanted ids are found by group maxima; at most GROUPS x VEC_LANES */
+    BUCKETS = 2048,
+    BUCKETS_A_UNIT = 64, /* of logit: all beyond 32 from the highest share the last bucket */
 };
 
 struct candidate {
@@ -29,7 +29,8 @@ struct row_work {
     float *weights;  /* exp((adjusted - highest) / temperature) */
     int32_t *counts; /* of an id in the generated part */
     struct candidate *list;
-    double *sums; /* of the weights of each block */
+    double *sums;      /* of the weights of each block */
+    double *histogram; /* [BUCKETS] */
 };
 
 static int64_t round_up(int64_t count, int64_t unit)
@@ -41,14 +42,15 @@ static size_t work_bytes(int64_t vocab)
 {
     size_t padded = (size_t)round_up(vocab, BLOCK);
     return padded * (2 * sizeof(float) + sizeof(int32_t) + sizeof(struct candidate)) +
-           padded / BLOCK * sizeof(double);
+           (padded / BLOCK + BUCKETS) * sizeof(double);
 }
 
 static void work_carve(struct row_work *work, void *scratch, int64_t vocab)
 {
     int64_t padded = round_up(vocab, BLOCK);
     work->vocab = vocab;
-    work->sums = scratch;
+    work->histogram = scratch;
+    work->sums = work->histogram + BUCKETS;
     work->adjusted = (float *)(work->sums + padded / BLOCK);
     work->weights = work->adjusted + padded;
     work->counts = (int32_t *)(work->weights + padded);
@@ -167,42 +169,65 @@ static int64_t select_mass(struct candidate *list, int64_t count, double wanted,
     return end;
 }
 
-/* A number that at least `wanted` of the values reach, as high as maxima over groups show it; minus infinity when
- * they do not. The groups are the lanes of GROUPS vectors. */
-static float lower_bound(const float *values, int64_t count, int64_t wanted)
+/* Which bucket each lane falls into, with a fraction; ascending in the order of ids. NaN (infinity from infinity) is
+ * the highest. */
+VEC_INLINE vec bucket_of(vec logits, float highest)
 {
-    vec maxima[GROUPS];
-    int64_t vectors = count / VEC_LANES;
-    if (vectors < GROUPS || wanted > SHORT_LIST)
-        return -INFINITY;
-    for (int64_t g = 0; g < GROUPS; g++)
-        maxima[g] = vec_load(values + g * VEC_LANES);
-    for (int64_t v = GROUPS; v < vectors; v++)
-        maxima[v % GROUPS] = vec_max(maxima[v % GROUPS], vec_load(values + v * VEC_LANES));
-
-    struct candidate list[GROUPS * VEC_LANES];
-    for (int64_t i = 0; i < GROUPS * VEC_LANES; i++)
-        list[i] = (struct candidate){.logit = maxima[i / VEC_LANES][i % VEC_LANES], .id = (int32_t)i};
-    return list[select_mass(list, GROUPS * VEC_LANES, (double)wanted, false) - 1].logit;
+    vec distance = (highest - logits) * (float)BUCKETS_A_UNIT;
+    distance = vec_select(distance == distance, distance, vec_set1(0.0f));
+    return vec_min(distance, vec_set1((float)(BUCKETS - 1)));
 }
 
-/* Lists what is above or at the bound (all but NaN when it is minus infinity). Returns how many. */
-static int64_t list_from(const float *values, const float *weights, int64_t count, float bound,
-                         struct candidate *list)
+/* Fills the histogram with the mass of `count` logits: their weights, or one each without weights. Returns the whole
+ * mass. NaN has none. */
+static double fill_histogram(struct row_work *work, const float *logits, const float *weights, int64_t count,
+                             float highest)
 {
-    int64_t found = 0, i = 0;
-    for (; i + VEC_LANES <= count; i += VEC_LANES) {
-        vec v = vec_load(values + i);
-        uint32_t bits = vec_greater_bits(v, vec_set1(bound)) | vec_equal_bits(v, vec_set1(bound));
+    double total = 0, *histogram = work->histogram;
+    memset(histogram, 0, BUCKETS * sizeof(*histogram));
+    for (int64_t i = 0; i < count; i += VEC_LANES) {
+        int64_t n = count - i < VEC_LANES ? count - i : VEC_LANES;
+        vec_int bucket = __builtin_convertvector(bucket_of(vec_load_n(logits + i, n), highest), vec_int);
+        int32_t buckets[VEC_LANES];
+        memcpy(buckets, &bucket, sizeof(buckets));
+        for (int64_t lane = 0; lane < n; lane++)
+            if (!isnan(logits[i + lane]))
+                histogram[buckets[lane]] += weights != NULL ? (double)weights[i + lane] : 1.0;
+    }
+    for (int64_t b = 0; b < BUCKETS; b++)
+        total += histogram[b];
+    return total;
+}
+
+/* Lists the ids whose bucket is in first .. last. Returns how many. */
+static int64_t list_buckets(struct row_work *work, const float *logits, const float *weights, int64_t count,
+                            float highest, int64_t first, int64_t last)
+{
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i += VEC_LANES) {
+        int64_t n = count - i < VEC_LANES ? count - i : VEC_LANES;
+        vec v = vec_load_n(logits + i, n), bucket = bucket_of(v, highest);
+        uint32_t bits = vec_greater_bits(vec_set1((float)last + 1.0f), bucket) &
+                        ~vec_greater_bits(vec_set1((float)first), bucket) & vec_equal_bits(v, v) &
+                        ((2u << (n - 1)) - 1);
         for (; bits != 0; bits &= bits - 1) {
-            int64_t at = i + __builtin_ctz(bits);
-            list[found++] = (struct candidate){values[at], weights != NULL ? weights[at] : 0.0f, (int32_t)at};
+            int64_t id = i + __builtin_ctz(bits);
+            work->list[found++] = (struct candidate){
+                .logit = logits[id], .weight = weights != NULL ? weights[id] : 0.0f, .id = (int32_t)id};
         }
     }
-    for (; i < count; i++)
-        if (values[i] >= bound)
-            list[found++] = (struct candidate){values[i], weights != NULL ? weights[i] : 0.0f, (int32_t)i};
     return found;
+}
+
+/* The bucket in which the mass from the first one on reaches `wanted`; *ret_before: the mass of those before it. */
+static int64_t find_bucket(const struct row_work *work, double wanted, double *ret_before)
+{
+    int64_t b = 0;
+    double before = 0;
+    while (b < BUCKETS - 1 && before + work->histogram[b] < wanted)
+        before += work->histogram[b++];
+    *ret_before = before;
+    return b;
 }
 
 /* ---- choosing ---- */
@@ -251,9 +276,16 @@ static void weigh(struct row_work *work, float highest)
                   vec_exp((vec_load(work->adjusted + i) - highest) / work->row->temperature));
 }
 
-/* Clears the weights of what comes after the cut. */
-static void cut_at(struct row_work *work, const struct candidate *cut)
+/* Clears the weights of all but the first ids, in order, that make up the wanted mass. */
+static void keep_mass(struct row_work *work, float highest, double wanted, bool by_weight)
 {
+    double before;
+    int64_t bucket = find_bucket(work, wanted, &before);
+    int64_t count = list_buckets(work, work->adjusted, work->weights, work->vocab, highest, bucket, bucket);
+    if (count == 0)
+        return; /* rounding led past the last: all are kept */
+    count = select_mass(work->list, count, wanted - before, by_weight);
+    const struct candidate *cut = &work->list[count - 1];
     for (int64_t i = 0; i < work->vocab; i += VEC_LANES) {
         vec v = vec_load(work->adjusted + i), w = vec_load(work->weights + i);
         vec kept = vec_select(v > cut->logit, w, vec_set1(0.0f));
@@ -267,29 +299,17 @@ static void cut_at(struct row_work *work, const struct candidate *cut)
 }
 
 /* Clears the weights of what top-k, top-p and min-p leave out. */
-static void filter(struct row_work *work)
+static void filter(struct row_work *work, float highest)
 {
     const struct sample_row *row = work->row;
-    int64_t count = -1; /* of the list, when there is one */
     if (row->top_k > 0 && row->top_k < work->vocab) {
-        float bound = lower_bound(work->adjusted, work->vocab, row->top_k);
-        count = list_from(work->adjusted, work->weights, work->vocab, bound, work->list);
-        count = select_mass(work->list, count, (double)row->top_k, false);
+        fill_histogram(work, work->adjusted, NULL, work->vocab, highest);
+        keep_mass(work, highest, (double)row->top_k, false);
     }
     if (row->top_p < 1.0f) {
-        double total = count < 0 ? sum_weights(work) : mass_of(work->list, count, true);
-        double wanted = (double)row->top_p * total;
-        if (count < 0) {
-            /* All weights below (1 - top_p) total / vocab together are less than what may be left out. */
-            count = list_from(work->weights, work->weights, work->vocab,
-                              (float)(0.999 * (total - wanted) / (double)work->vocab), work->list);
-            for (int64_t i = 0; i < count; i++)
-                work->list[i].logit = work->adjusted[work->list[i].id];
-        }
-        count = select_mass(work->list, count, wanted, true);
+        double total = fill_histogram(work, work->adjusted, work->weights, work->vocab, highest);
+        keep_mass(work, highest, (double)row->top_p * total, true);
     }
-    if (count > 0)
-        cut_at(work, &work->list[count - 1]);
     for (int64_t i = 0; row->min_p > 0.0f && i < work->vocab; i += VEC_LANES) {
         vec w = vec_load(work->weights + i);
         vec_store(work->weights + i, vec_select(w >= row->min_p, w, vec_set1(0.0f)));
@@ -328,7 +348,7 @@ static int32_t choose(struct row_work *work)
     if (work->row->temperature == 0.0f)
         return best;
     weigh(work, highest);
-    filter(work);
+    filter(work, highest);
     return draw(work);
 }
 
@@ -355,26 +375,22 @@ static double log_total(const float *logits, int64_t count)
 static void report_top(struct row_work *work, double total, int32_t *ids, float *logprobs)
 {
     int64_t wanted = work->row->n_top < work->vocab ? work->row->n_top : work->vocab;
-    float bound = lower_bound(work->logits, work->vocab, wanted);
-    int64_t count = list_from(work->logits, NULL, work->vocab, bound, work->list);
-    if (count == 0) { /* a row with NaN */
-        for (int64_t i = 0; i < wanted; i++) {
-            ids[i] = 0;
-            logprobs[i] = NAN;
-        }
-        return;
-    }
-    count = select_mass(work->list, count, (double)wanted, false);
-    for (int64_t i = 0; i < count; i++) {
+    float highest = highest_of(work->logits, work->vocab);
+    double before;
+    fill_histogram(work, work->logits, NULL, work->vocab, highest);
+    int64_t last = find_bucket(work, (double)wanted, &before);
+    int64_t count = list_buckets(work, work->logits, NULL, work->vocab, highest, 0, last);
+    count = count > 0 ? select_mass(work->list, count, (double)wanted, false) : 0;
+    for (int64_t i = 1; i < count; i++) {
         struct candidate next = work->list[i];
         int64_t j = i;
         for (; j > 0 && comes_before(&next, &work->list[j - 1]); j--)
             work->list[j] = work->list[j - 1];
         work->list[j] = next;
     }
-    for (int64_t i = 0; i < count; i++) {
-        ids[i] = work->list[i].id;
-        logprobs[i] = (float)((double)work->list[i].logit - total);
+    for (int64_t i = 0; i < wanted; i++) { /* fewer are found in a row with NaN */
+        ids[i] = i < count ? work->list[i].id : 0;
+        logprobs[i] = i < count ? (float)((double)work->list[i].logit - total) : NAN;
     }
 }
 
