@@ -51,7 +51,7 @@ struct job_resource {
     char *hyperparameters;  /* JSON object text, every value resolved; owned, freed by job_free */
     char *metadata;         /* JSON object text or NULL; owned */
     int64_t trained_tokens; /* -1 -> null */
-    char error_code[64], error_param[64], error_message[1024];
+    char error_code[64], error_param[64], error_message[4096];
     int64_t attempt; /* how often a worker was given it */
     /* progress, of the last metrics */
     int64_t step, total_steps;                   /* total_steps 0 = not known yet */

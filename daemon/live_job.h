@@ -39,7 +39,7 @@ struct live_job {
     int64_t writes; /* callbacks still to come: the memory stays until then */
     struct {        /* while it ends; status 0 = it does not */
         enum job_status status;
-        char code[64], param[64], message[1024];
+        char code[64], param[64], message[4096];
         struct job_resource final; /* shares the strings that job owns */
         struct adapter_row row;
         struct file_resource result;

@@ -88,9 +88,6 @@ static void on_worker_up(void *arg, struct worker *worker)
     struct daemon *daemon = arg;
     const struct model_entry *model = registry_default(daemon->server.registry);
     struct loading *loading = loading_of(daemon, worker);
-    struct worker_info info;
-    worker_info(worker, &info);
-    log_write(LOG_INFO, "worker up", "device", info.device, NULL);
     loading->loaded = false;
     loading->reason[0] = '\0';
     if (model)
@@ -104,10 +101,6 @@ static void on_worker_up(void *arg, struct worker *worker)
 static void on_worker_down(void *arg, struct worker *worker, const char *reason)
 {
     struct daemon *daemon = arg;
-    struct worker_info info;
-    worker_info(worker, &info);
-    log_write(daemon->server.stopping ? LOG_INFO : LOG_WARN, "worker down", "device", info.device, "reason",
-              reason, NULL);
     if (daemon->loading)
         loading_of(daemon, worker)->loaded = false;
     if (!daemon->server.stopping)
