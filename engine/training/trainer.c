@@ -540,9 +540,9 @@ static uint64_t dropout_seed(uint64_t seed, int64_t step, int32_t batch)
     return seed;
 }
 
-/* An adapter that takes no part in the forward pass has no gradient, and training it would be a lie. One look,
- * at step PROBE_STEP: each factor of a projection must have a gradient by then, and one of an embedding's (the
- * other's is that of tokens seen before, of which this step may have none). */
+/* An adapter that takes no part in the forward pass has no gradient, and training it would be a lie. One
+ * look, at step PROBE_STEP: each factor of a projection must have a gradient by then, and one of an
+ * embedding's (the other's is that of tokens seen before, of which this step may have none). */
 static int probe_gradients(const struct trainer *trainer, int64_t step, struct error *error)
 {
     int64_t total_steps = trainer->workload.total_steps;

@@ -125,9 +125,10 @@ int trainer_inspect(const struct trainer_options *options, struct trainer_inspec
 struct trainer;
 
 /* Take FOLDER/lock (waiting up to 30 s for another worker to let go, then ERROR_BUSY), load the data, plan
- * memory (reported through message), allocate, resume. A resume_from whose folder is gone
- * stands for the newest checkpoint there is; those newer than the one resumed from are removed, they will be
- * made again, and steps after it are reported again in the same words. A checkpoint of another spec, model or data is refused with ERROR_INVALID. */
+ * memory (reported through message), allocate, resume. A resume_from whose folder is gone stands for the
+ * newest checkpoint there is. Those newer than the one resumed from are removed; they will be made again, and
+ * the steps after it are reported again in the same words. A checkpoint of another spec, model or data is
+ * refused with ERROR_INVALID. */
 int trainer_open(const struct trainer_options *options, struct trainer **ret_trainer, struct error *error);
 void trainer_close(struct trainer *trainer);
 

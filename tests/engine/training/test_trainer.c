@@ -206,8 +206,8 @@ static void write_text(const char *path, const char *text)
     assert_int_equal(file_write_whole(path, text, strlen(text), NULL), 0);
 }
 
-/* The untrained model, its head tied, likes to repeat itself; training drives that out. So a validation set of
- * repetitions gets worse and worse. */
+/* The untrained model, its head tied, likes to repeat itself; training drives that out. So a validation set
+ * of repetitions gets worse and worse. */
 static struct trainer_options worsening_job(void)
 {
     static char path[512];
