@@ -63,7 +63,6 @@ void handlers_handle(void *arg, struct http_request *request)
     if (server->stopping && !request->route.open) {
         struct problem problem;
         problem_set(&problem, 503, "shutting_down", NULL, "The server is shutting down.");
-        problem.retry_after_seconds = 1;
         reply_problem(request, &problem);
         return;
     }

@@ -23,7 +23,6 @@ void handle_readyz(struct server *server, struct http_request *request)
     }
     struct problem problem;
     problem_set(&problem, 503, "not_ready", NULL, "%s", reason);
-    problem.retry_after_seconds = 1;
     reply_problem(request, &problem);
 }
 

@@ -589,9 +589,11 @@ void http_answer_problem(struct http_request *request, const struct problem *pro
 {
     char *body = problem_encode(problem);
     struct MHD_Response *response = memory_response(body, body ? strlen(body) : 0, "application/json");
-    if (response && problem->retry_after_seconds > 0) {
+    bool soon = problem->status == 429 || problem->status == 503;
+    if (response && (soon || problem->retry_after_seconds > 0)) {
         char seconds[16];
-        snprintf(seconds, sizeof seconds, "%d", problem->retry_after_seconds);
+        snprintf(seconds, sizeof seconds, "%d",
+                 problem->retry_after_seconds > 0 ? problem->retry_after_seconds : 1);
         MHD_add_response_header(response, MHD_HTTP_HEADER_RETRY_AFTER, seconds);
     }
     if (response && allow)

@@ -87,10 +87,10 @@ const char *http_header(const struct http_request *request, const char *name);
 /* A query argument, or NULL. */
 const char *http_argument(const struct http_request *request, const char *name);
 
-/* body is freed with free(); NULL (no memory) becomes a 503. retry_after 0 = no such header; allow may be
- * NULL. */
+/* body is freed with free(). NULL (no memory) closes the connection. */
 void http_answer(struct http_request *request, int status, const char *content_type, char *body,
                  size_t length);
+/* Says Retry-After for 429 and 503, too, where the problem does not. allow may be NULL. */
 void http_answer_problem(struct http_request *request, const struct problem *problem, const char *allow);
 /* The body is stolen. filename may be NULL: then there is no Content-Disposition. */
 void http_answer_file(struct http_request *request, const char *content_type, const char *filename,

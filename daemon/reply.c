@@ -118,8 +118,6 @@ void reply_store_error(struct http_request *request, int code, const struct erro
     else
         problem_set(&problem, 500, "store_error", NULL, "The database failed%s%s.", error ? ": " : "",
                     error ? error->message : "");
-    if (code == ERROR_BUSY)
-        problem.retry_after_seconds = 1;
     reply_problem(request, &problem);
 }
 

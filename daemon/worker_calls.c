@@ -145,7 +145,6 @@ struct worker_call *worker_calls_begin(struct worker_calls *calls, enum frame_ty
         problem_set(problem, calls->draining ? 503 : 429,
                     calls->draining ? "shutting_down" : "too_many_requests", NULL,
                     calls->draining ? "The server is shutting down." : "Too many requests are waiting.");
-        problem->retry_after_seconds = 1;
         return NULL;
     }
     struct worker_call *call = payload ? calloc(1, sizeof *call) : NULL;
@@ -207,6 +206,4 @@ void worker_calls_problem(const json_t *failed, struct problem *problem)
         i++;
     problem_set(problem, table[i].status, table[i].name, param, "%s",
                 message ? message : "The worker failed.");
-    if (table[i].status == 503)
-        problem->retry_after_seconds = 1;
 }
