@@ -11,7 +11,7 @@
 enum { DEFAULT_MAX_TOKENS = 4096 };
 
 struct completion {
-    struct completion *next;
+    struct completion *next, *previous;
     struct worker *worker;
     struct loaded_model *model;
     uint64_t id;            /* of the frame */
@@ -331,11 +331,12 @@ static void on_chunk(void *arg, int32_t index, const char *text, size_t length,
 
 static void completion_free(struct completion *completion)
 {
-    struct completion **at = &completion->worker->completions;
-    while (*at && *at != completion)
-        at = &(*at)->next;
-    if (*at)
-        *at = completion->next;
+    if (completion->next)
+        completion->next->previous = completion->previous;
+    if (completion->previous)
+        completion->previous->next = completion->next;
+    else
+        completion->worker->completions = completion->next;
     free(completion->begun);
     free(completion);
 }
@@ -402,12 +403,13 @@ void worker_complete(struct worker *worker, uint64_t id, const json_t *payload)
     }
     completion->worker = worker;
     completion->id = id;
+    completion->next = worker->completions;
+    if (completion->next)
+        completion->next->previous = completion;
+    worker->completions = completion;
     if (submit(worker, completion, payload, &reading, &error)) {
         worker_fail(worker, id, &error);
         completion_free(completion);
-    } else {
-        completion->next = worker->completions;
-        worker->completions = completion;
     }
     reading_free(&reading);
 }

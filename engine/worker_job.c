@@ -223,6 +223,15 @@ static void fail_job(struct worker *worker, const struct error *error)
     end_job(worker, "failed", false, false, error);
 }
 
+/* A job that does not become the running one. */
+static void refuse_job(struct worker *worker, const struct job_order *order, const struct error *error)
+{
+    const struct trainer_status none = {0};
+    worker_stream_send(
+        &worker->stream, FRAME_JOB_ENDED, 0,
+        addressed(order->name, order->attempt, encode_end("failed", false, json_null(), &none, error)));
+}
+
 void worker_job_start(struct worker *worker, const json_t *payload)
 {
     struct worker_job *job = &worker->job;
@@ -233,11 +242,14 @@ void worker_job_start(struct worker *worker, const json_t *payload)
         return;
     }
     if (job->trainer) {
-        struct trainer_status progress = {0};
         error_set(&error, ERROR_BUSY, "this worker already runs job %s", job->name);
-        worker_stream_send(&worker->stream, FRAME_JOB_ENDED, 0,
-                           addressed(order.name, order.attempt,
-                                     encode_end("failed", false, json_null(), &progress, &error)));
+        refuse_job(worker, &order, &error);
+        return;
+    }
+    job->name = strdup(order.name);
+    if (!job->name) {
+        error_set(&error, ERROR_NO_MEMORY, "no memory for a job");
+        refuse_job(worker, &order, &error);
         return;
     }
     int status;
@@ -245,14 +257,13 @@ void worker_job_start(struct worker *worker, const json_t *payload)
     const char *folder = "";
     int64_t seed = 0;
     job->attempt = order.attempt;
-    job->name = strdup(order.name);
     if ((status = read_order(payload, &order, &error)) ||
         (status = field_string(payload, "folder", &folder, &error)) ||
         (status = field_optional_string(payload, "resume_from", &order.options.resume_from, &error)) ||
         (status = field_integer(payload, "seed", INT64_MIN, INT64_MAX, &seed, &error)))
         goto failed;
     job->folder = strdup(folder);
-    if (!job->name || !job->folder) {
+    if (!job->folder) {
         status = error_set(&error, ERROR_NO_MEMORY, "no memory for a job");
         goto failed;
     }

@@ -611,11 +611,12 @@ static int decode(struct generator *generator, struct error *error)
     return 0;
 }
 
-/* Requests whose choices are all over, and those that ran out of memory on the way. */
+/* Requests whose choices are all over, and those that ran out of memory on the way. Seats go in order: behind
+ * the first request that has none nothing can have happened. */
 static void end_finished(struct generator *generator)
 {
     struct request *next;
-    for (struct request *request = generator->first; request; request = next) {
+    for (struct request *request = generator->first; request && request->n_seated; request = next) {
         next = request->next;
         if (request->failure) {
             struct error error = {0};

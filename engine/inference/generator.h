@@ -40,6 +40,7 @@ struct scored_token {
 
 enum finish_reason { FINISH_NONE, FINISH_STOP, FINISH_LENGTH };
 
+/* They must not call the generator back. */
 struct generation_callbacks {
     void *arg;
     /* More of one choice: text that is certain (may be empty), the tokens behind it (only when logprobs were

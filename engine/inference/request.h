@@ -16,8 +16,7 @@ struct prompt {
     struct request *request;
     int32_t *ids; /* [n_ids], at least one */
     int32_t n_ids;
-    bool
-        implicit; /* the client's was empty: ids is one end of text token that is neither shown nor counted */
+    bool implicit;            /* the client's was empty: ids is one end of text, neither shown nor counted */
     int32_t n_run;            /* tokens of ids already in the state */
     int32_t slot;             /* where that state is; -1 before the first choice is seated */
     int32_t n_queued;         /* choices that wait for a seat */
