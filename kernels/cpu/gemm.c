@@ -18,11 +18,13 @@
 #include "kernels/cpu/vector.h"
 
 enum {
-    DOTS_ROWS = 32,          /* up to here dot products win over packing */
-    COLUMNS_ROWS = 16,       /* likewise for B in rows */
-    DOTS_COLUMNS = 8,        /* a C this narrow is never worth packing */
-    STRIP = 64,              /* columns, or rows of a narrow C, of a task without packing */
-    STRIP_SHORT = 16,        /* where there are few */
+    DOTS_ROWS = 32,  /* up to here dot products win over packing ... */
+    DOTS_DEPTH = 64, /* ... unless they are short and there are more than a few */
+    DOTS_FEW = 4,
+    COLUMNS_ROWS = 16, /* likewise for B in rows */
+    DOTS_COLUMNS = 8,  /* a C this narrow is never worth packing */
+    STRIP = 64,        /* rows of a task where C is narrow */
+    STRIPS_A_THREAD = 2,
     SERIAL_PRODUCTS = 40000, /* multiplications worth waking nobody for: a microsecond */
     TILE_ROWS = 256,
     TILE_ROWS_LEAST = 64,
@@ -229,9 +231,12 @@ int CPU_NAME(cpu_gemm)(struct kernel_device *device, const struct gemm_args *g)
         .a_row = g->transpose_a ? 1 : g->a_stride,
         .a_column = g->transpose_a ? g->a_stride : 1,
     };
-    if (g->transpose_b && !g->transpose_a && (g->m <= DOTS_ROWS || g->n <= DOTS_COLUMNS)) {
-        p.rows = g->m <= DOTS_ROWS ? DOTS_ROWS : STRIP;
-        p.columns = g->n >= 8 * STRIP ? STRIP : STRIP_SHORT;
+    bool few_rows = g->m <= DOTS_ROWS && (g->k >= DOTS_DEPTH || g->m <= DOTS_FEW);
+    if (g->transpose_b && !g->transpose_a && (few_rows || g->n <= DOTS_COLUMNS)) {
+        /* Elements of C are sums of their own, so here the threads may have a say in the partition: long strips
+         * of B are read faster. Multiples of 16 keep every element's place in its vector. */
+        p.rows = few_rows ? DOTS_ROWS : STRIP;
+        p.columns = divide_up(divide_up(g->n, STRIPS_A_THREAD * device->n_threads), 16) * 16;
         run(&p, dots_task);
         return KERNEL_OK;
     }
