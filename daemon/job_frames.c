@@ -48,8 +48,9 @@ static void on_invalid(struct live_job *live, const json_t *payload)
     {
         live_job_say(live, "error", "%s, line %lld: %s", string_or_empty(line, "file"),
                      (long long)integer_or_zero(line, "line"), string_or_empty(line, "reason"));
-        buffer_printf(&message, "%s line %lld: %s", index ? ";" : " -",
-                      (long long)integer_or_zero(line, "line"), string_or_empty(line, "reason"));
+        if (index) /* the first is in the message already */
+            buffer_printf(&message, "; line %lld: %s", (long long)integer_or_zero(line, "line"),
+                          string_or_empty(line, "reason"));
     }
     live_job_end(live, JOB_FAILED, string_or_empty(payload, "code"), string_or_empty(payload, "param"),
                  message.data ? message.data : "");

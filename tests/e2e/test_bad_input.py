@@ -100,7 +100,7 @@ def test_bad_lines_are_listed(server):
 
 def test_only_the_first_twenty_bad_lines_are_listed(server):
     state, _ = failed_job(server, b"oops\n" * 50)
-    assert "50" in state.error.message and state.error.message.count("line ") >= 20 and "line 21:" not in state.error.message
+    assert "50" in state.error.message and "line 20:" in state.error.message and "line 21:" not in state.error.message
 
 
 def test_long_example_is_named_and_cut_only_when_told(server):
@@ -253,7 +253,7 @@ def test_diverging_job_fails_at_its_step_and_keeps_the_checkpoint(server):
     client = server.openai()
     answer = job(server, upload(client), {"adaptation": "full", "n_epochs": 50, "max_steps": 60, "learning_rate": 1.0, "max_grad_norm": 0, "warmup_steps": 0,
                                           "lr_schedule": "constant", "checkpoint_steps": 1, "keep_checkpoints": 2, "max_seq_len": 64,
-                                          "optimizer": {"weight_decay": 0}})
+                                          "optimizer": {"weight_decay": 10}})
     assert answer.status == 200, answer.body
     state = wait_for(client, answer.json()["id"], "failed", timeout=180)
     assert "step" in state.error.message and state.error.code == "diverged"

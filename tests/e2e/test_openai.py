@@ -196,7 +196,7 @@ def test_streamed_characters_are_whole(client):
 def test_stop(client):
     whole = client.completions.create(model="hatchling", prompt="The bird", max_tokens=30, temperature=0).choices[0].text
     stop = whole[9:13]
-    answer = client.completions.create(model="hatchling", prompt="The bird", max_tokens=30, temperature=0, stop=[stop, "\x00never"]).choices[0]
+    answer = client.completions.create(model="hatchling", prompt="The bird", max_tokens=30, temperature=0, stop=[stop, "never said"]).choices[0]
     assert answer.text == whole[:whole.index(stop)] and answer.finish_reason == "stop"
     assert client.completions.create(model="hatchling", prompt="The bird", max_tokens=3, temperature=0, stop=[]).choices[0].text
 
