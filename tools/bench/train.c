@@ -11,7 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { ROWS = 8, ROW_TOKENS = 256, WARM_STEPS = 2, STEPS = 12, WORDS = 12000 };
+enum { ROWS = 8, ROW_TOKENS = 256, WARM_STEPS = 2, STEPS = 12, WORDS = 60000 };
 
 struct bed {
     char folder[64]; /* the job's, temporary */
