@@ -30,6 +30,8 @@ struct bench_report {
 
 /* Seconds of a monotonic clock. */
 double bench_now(void);
+/* Of count values (at least one); sorts them. */
+double bench_median(double *values, int count);
 
 /* Rows that follow belong to this table. */
 void bench_title(struct bench_report *report, const char *title);
@@ -52,6 +54,8 @@ void bench_op(struct bench_report *report, const struct bench_op *op, double ste
  * all but bench_machine, which sets it. */
 int bench_machine(const struct bench_options *options, struct bench_report *report);
 int bench_ops(const struct bench_options *options, struct bench_report *report);
+int bench_train(const struct bench_options *options, struct bench_report *report);
+int bench_decode(const struct bench_options *options, struct bench_report *report);
 int bench_serve(const struct bench_options *options, struct bench_report *report);
 
 #endif

@@ -21,6 +21,8 @@ static const struct mode {
 } modes[] = {
     {"machine", NULL, "the ceilings alone: sgemm rate, memory bandwidth"},
     {"ops", bench_ops, "every kernel at hatchling's shapes, training and decoding"},
+    {"train", bench_train, "LoRA training of hatchling through the trainer"},
+    {"decode", bench_decode, "decoding with hatchling, 1 and 16 sequences"},
     {"serve", bench_serve, "the daemon: start, memory, latency under load"},
 };
 enum { N_MODES = sizeof(modes) / sizeof(modes[0]) };
@@ -30,6 +32,18 @@ double bench_now(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+double bench_median(double *values, int count)
+{
+    qsort(values, (size_t)count, sizeof *values, compare);
+    return values[count / 2];
 }
 
 /* ---- the report ---- */
