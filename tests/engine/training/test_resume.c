@@ -3,9 +3,11 @@
 
 #include "base/file.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 enum how { KILLED, PAUSED };
@@ -304,6 +306,40 @@ static void test_finished_twice(void **unused)
     free(log);
 }
 
+/* A disk that is full when the second checkpoint is due: the first stays, and nothing of the second. */
+static void test_disk_full(void **unused)
+{
+    (void)unused;
+    struct run_log *log = calloc(1, sizeof *log);
+    struct trainer_options options = tiny_options(&tiny);
+    struct trainer *trainer = NULL;
+    struct error error = {0};
+    struct rlimit kept, small;
+    char folder[512];
+    int code = TRAINER_MORE;
+    options.spec.checkpoint_steps = 2;
+    run_log_attach(log, &options);
+    assert_int_equal(trainer_open(&options, &trainer, &error), 0);
+    while (!log->n_checkpoints)
+        assert_int_equal(trainer_advance(trainer, &error), TRAINER_MORE);
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &kept), 0);
+    small = kept;
+    small.rlim_cur = 1000;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    while (code == TRAINER_MORE)
+        code = trainer_advance(trainer, &error);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &kept), 0);
+    trainer_close(trainer);
+    assert_int_equal(code, ERROR_IO);
+    snprintf(folder, sizeof folder, "%s/checkpoints", tiny.job);
+    assert_int_equal(count_entries(folder), 1);
+    assert_true(path_exists("%s/step-2", folder));
+    options.resume_from = log->newest;
+    run_whole(&options);
+    free(log);
+}
+
 /* ---- one worker at a time ---- */
 
 static void let_go(void *arg)
@@ -335,6 +371,7 @@ int main(void)
         cmocka_unit_test(test_other_run),      cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_debris),         cmocka_unit_test(test_superseded),
         cmocka_unit_test(test_finished_twice), cmocka_unit_test(test_lock),
+        cmocka_unit_test(test_disk_full),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
