@@ -34,20 +34,48 @@ static float *state_of(const struct state_view *view, int32_t seq)
     return view->pool + slot * view->slot_stride;
 }
 
-/* A block of channels: [width][count] of weights, [count] of biases. */
+/* A block of channels: [width][count] of weights, [count] of biases; zeros up to a whole vector. These and the
+ * gradients' sums are accessed in whole vectors: a masked store delays the load that follows it. */
 struct block_weights {
     float rows[WIDTH_MAX][BLOCK_CHANNELS], bias[BLOCK_CHANNELS];
 };
 
 static const float zeros[BLOCK_CHANNELS];
 
+/* *even: lanes 0, 2, 4 ... of a and b, *odd: the others. */
+VEC_INLINE void deinterleave(vec a, vec b, vec *even, vec *odd)
+{
+    vec_int even_lanes, odd_lanes;
+    for (int i = 0; i < VEC_LANES; i++) {
+        even_lanes[i] = 2 * i;
+        odd_lanes[i] = 2 * i + 1;
+    }
+    *even = __builtin_shuffle(a, b, even_lanes);
+    *odd = __builtin_shuffle(a, b, odd_lanes);
+}
+
 static void load_weights(struct block_weights *to, const float *weight, const float *bias, int64_t width,
                          int64_t first, int64_t count)
 {
-    for (int64_t c = 0; c < count; c++)
+    int64_t c = 0;
+    weight += first * width;
+    for (; width == 4 && c + VEC_LANES <= count; c += VEC_LANES) {
+        const float *from = weight + c * 4;
+        vec low[2], high[2], rows[4]; /* low: of the first half of the channels, by the parity of k */
+        deinterleave(vec_load(from), vec_load(from + VEC_LANES), &low[0], &low[1]);
+        deinterleave(vec_load(from + 2 * VEC_LANES), vec_load(from + 3 * VEC_LANES), &high[0], &high[1]);
+        deinterleave(low[0], high[0], &rows[0], &rows[2]);
+        deinterleave(low[1], high[1], &rows[1], &rows[3]);
+        for (int k = 0; k < 4; k++)
+            vec_store(to->rows[k] + c, rows[k]);
+    }
+    int64_t padded = divide_up(count, VEC_LANES) * VEC_LANES;
+    for (; c < padded; c++)
         for (int64_t k = 0; k < width; k++)
-            to->rows[k][c] = weight[(first + c) * width + k];
-    memcpy(to->bias, bias != NULL ? bias + first : zeros, (size_t)count * sizeof(float));
+            to->rows[k][c] = c < count ? weight[c * width + k] : 0.0f;
+    memcpy(to->bias, zeros, sizeof(zeros));
+    if (bias != NULL)
+        memcpy(to->bias, bias + first, (size_t)count * sizeof(float));
 }
 
 /* Row t of a sequence that begins at x; before its start the state's, oldest first, or zeros. All already point at the
@@ -75,9 +103,9 @@ VEC_INLINE void forward_row(const struct block_weights *w, const float *const *i
 {
     for (int64_t c = 0; c < count; c += VEC_LANES) {
         int64_t n = smaller(count - c, VEC_LANES);
-        vec sum = vec_load_n(w->bias + c, n);
+        vec sum = vec_load(w->bias + c);
         for (int64_t k = 0; k < width; k++)
-            sum = vec_fma(vec_load_n(w->rows[k] + c, n), vec_load_n(in[k] + c, n), sum);
+            sum = vec_fma(vec_load(w->rows[k] + c), vec_load_n(in[k] + c, n), sum);
         vec_store_n(y + c, sum * vec_sigmoid(sum), n);
     }
 }
@@ -176,20 +204,20 @@ VEC_INLINE void backward_row(const struct block_weights *w, struct block_gradien
 {
     for (int64_t c = 0; c < count; c += VEC_LANES) {
         int64_t n = smaller(count - c, VEC_LANES);
-        vec p = vec_load_n(w->bias + c, n);
+        vec p = vec_load(w->bias + c);
         for (int64_t k = 0; k < width; k++)
-            p = vec_fma(vec_load_n(w->rows[k] + c, n), vec_load_n(in[k] + c, n), p);
+            p = vec_fma(vec_load(w->rows[k] + c), vec_load_n(in[k] + c, n), p);
         vec sigmoid = vec_sigmoid(p);
         vec slope = sigmoid * vec_fma(p, 1.0f - sigmoid, vec_set1(1.0f));
         vec now = vec_load_n(dy + c, n) * slope;
-        vec_store_n(g[width - 1] + c, now, n);
+        vec_store(g[width - 1] + c, now);
         vec out = vec_set1(0.0f);
         for (int64_t k = 0; k < width; k++) {
-            out = vec_fma(vec_load_n(w->rows[k] + c, n), vec_load_n(g[k] + c, n), out);
+            out = vec_fma(vec_load(w->rows[k] + c), vec_load(g[k] + c), out);
             float *dweight = sums->dweight[k] + c;
-            vec_store_n(dweight, vec_fma(now, vec_load_n(in[k] + c, n), vec_load_n(dweight, n)), n);
+            vec_store(dweight, vec_fma(now, vec_load_n(in[k] + c, n), vec_load(dweight)));
         }
-        vec_store_n(sums->dbias + c, vec_load_n(sums->dbias + c, n) + now, n);
+        vec_store(sums->dbias + c, vec_load(sums->dbias + c) + now);
         vec_store_n(dx + c, out, n);
     }
 }
