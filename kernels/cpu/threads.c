@@ -3,10 +3,12 @@
  * Decoding one token takes about a hundred regions of a few microseconds each, so a region must cost about
  * one microsecond, and an idle daemon must cost nothing. Hence:
  *
- *   - All that workers look at is one 64-bit ticket: (number of the region << 32 | tasks not yet claimed). A
- * thread claims a task by a compare-and-swap that takes one off. Whoever holds a claim knows that the region
- * cannot end before it is done, so the region's plain fields (task, arg, n_tasks) are stable while it reads
- * them. The region's number keeps a thread with an old ticket from claiming in a new region.
+ *   - All that workers look at is one 64-bit ticket: the number of the region and the range of tasks not yet
+ * claimed. A thread claims a task by a compare-and-swap that takes one off, the owner at the front, workers at
+ * the back: so neighbouring tasks, and from one region to the next the same tasks, mostly fall to the same
+ * thread, whose caches hold what they need; yet whoever is done early takes what is left. Whoever holds a claim
+ * knows that the region cannot end before it is done, so the region's plain fields (task, arg) are stable while
+ * it reads them. The region's number keeps a thread with an old ticket from claiming in a new region.
  *   - The owner does not wait for workers to arrive, only for claimed tasks to finish. A worker that was
  * asleep or preempted costs nothing but its help: the owner takes the tasks itself.
  *   - A worker without work spins for SPIN_NS, which bridges the gaps inside a token, then sleeps on a futex.
@@ -26,7 +28,10 @@
 
 #include "kernels/kernels.h"
 
-enum { SPIN_NS = 40000, SPIN_CHECK = 64, CACHE_LINE = 64, TASKS_MAX = 1 << 30 };
+enum { SPIN_NS = 40000, SPIN_CHECK = 64, CACHE_LINE = 64 };
+
+/* A ticket: region << 44 | end of the range << 22 | its beginning. */
+enum { RANGE_BITS = 22, TASKS_MAX = (1 << RANGE_BITS) - 1 };
 
 struct worker {
     struct thread_pool *pool;
@@ -38,7 +43,6 @@ struct thread_pool {
     /* Written by the owner between regions, read by holders of a claim. */
     void (*task)(void *arg, int64_t index, int thread);
     void *arg;
-    uint32_t n_tasks;
 
     _Alignas(CACHE_LINE) _Atomic uint64_t ticket;
     _Alignas(CACHE_LINE) _Atomic uint32_t unfinished; /* tasks of this region not yet done; a futex */
@@ -75,16 +79,27 @@ static void relax(void)
 #endif
 }
 
+static uint32_t range_begin(uint64_t ticket)
+{
+    return (uint32_t)ticket & TASKS_MAX;
+}
+
+static uint32_t range_end(uint64_t ticket)
+{
+    return (uint32_t)(ticket >> RANGE_BITS) & TASKS_MAX;
+}
+
 /* Runs tasks of the present region until none is left to claim. Returns how many it ran. */
 static uint32_t run_claimed(struct thread_pool *pool, int thread)
 {
     uint32_t done = 0;
     uint64_t ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
-    while ((uint32_t)ticket != 0) {
-        if (!atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, ticket - 1, memory_order_acq_rel,
+    while (range_begin(ticket) != range_end(ticket)) {
+        uint64_t left = thread == 0 ? ticket + 1 : ticket - ((uint64_t)1 << RANGE_BITS);
+        if (!atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, left, memory_order_acq_rel,
                                                    memory_order_acquire))
             continue;
-        pool->task(pool->arg, (int64_t)(pool->n_tasks - (uint32_t)ticket), thread);
+        pool->task(pool->arg, thread == 0 ? range_begin(ticket) : range_end(ticket) - 1, thread);
         done++;
         /* Tasks are reported before another region could be seen: only the present one's are claimable, since
          * it cannot end while this thread's own reports are outstanding. */
@@ -167,10 +182,10 @@ static void announce(struct thread_pool *pool, int how_many)
 
 static void run_region(struct thread_pool *pool, uint32_t n_tasks)
 {
-    uint64_t region = (atomic_load_explicit(&pool->ticket, memory_order_relaxed) >> 32) + 1;
-    pool->n_tasks = n_tasks;
+    uint64_t region = (atomic_load_explicit(&pool->ticket, memory_order_relaxed) >> 2 * RANGE_BITS) + 1;
     atomic_store_explicit(&pool->unfinished, n_tasks, memory_order_relaxed);
-    atomic_store_explicit(&pool->ticket, region << 32 | n_tasks, memory_order_release);
+    atomic_store_explicit(&pool->ticket, region << 2 * RANGE_BITS | (uint64_t)n_tasks << RANGE_BITS,
+                          memory_order_release);
     announce(pool, (int)n_tasks - 1);
 
     uint32_t done = run_claimed(pool, 0);

@@ -12,9 +12,10 @@ int thread_pool_create(int n_threads, struct thread_pool **ret_pool);
 /* NULL-safe. */
 void thread_pool_destroy(struct thread_pool *pool);
 
-/* Calls task(arg, index, thread) once for every index in 0..n_tasks-1 and returns when all are done. Indices
- * are handed out in ascending order to whichever thread asks; `thread` is 0..n_threads-1 and no two tasks of
- * the same thread overlap. What a task wrote is visible to the owner afterwards and to every later region. */
+/* Calls task(arg, index, thread) once for every index in 0..n_tasks-1 and returns when all are done. The
+ * owner takes indices from the front, the others from the back, so a thread mostly has neighbouring tasks, and
+ * the same ones in the next region of the same size. `thread` is 0..n_threads-1 and no two tasks of the same
+ * thread overlap. What a task wrote is visible to the owner afterwards and to every later region. */
 void thread_pool_run(struct thread_pool *pool, int64_t n_tasks,
                      void (*task)(void *arg, int64_t index, int thread), void *arg);
 
