@@ -34,7 +34,7 @@
  *   TOKENIZER_INFO -> INFO | FAILED
  *     {"model"}
  *   JOB_VALIDATE -> JOB_VALIDATED | JOB_INVALID
- *     {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters"}
+ *     {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters","seed"}
  *   JOB_START -> JOB_* ... JOB_ENDED
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",
  *     "resume_from": path|null}

@@ -28,12 +28,15 @@ static int read_address(const json_t *payload, struct job_order *order, struct e
 static int read_order(const json_t *payload, struct job_order *order, struct error *error)
 {
     struct trainer_options *options = &order->options;
+    int64_t seed;
     int status;
     if ((status = field_folder(payload, "model", &order->base, error)) ||
         (status = field_string(payload, "training_file", &options->training_file, error)) ||
         (status = field_optional_string(payload, "validation_file", &options->validation_file, error)) ||
-        (status = training_spec_decode(json_object_get(payload, "hyperparameters"), &options->spec, error)))
+        (status = training_spec_decode(json_object_get(payload, "hyperparameters"), &options->spec, error)) ||
+        (status = field_integer(payload, "seed", INT64_MIN, INT64_MAX, &seed, error)))
         return status;
+    options->spec.seed = (uint64_t)seed;
     options->base_name = order->base.id;
     return 0;
 }
@@ -255,12 +258,10 @@ void worker_job_start(struct worker *worker, const json_t *payload)
     int status;
     struct loaded_model *model;
     const char *folder = "";
-    int64_t seed = 0;
     job->attempt = order.attempt;
     if ((status = read_order(payload, &order, &error)) ||
         (status = field_string(payload, "folder", &folder, &error)) ||
-        (status = field_optional_string(payload, "resume_from", &order.options.resume_from, &error)) ||
-        (status = field_integer(payload, "seed", INT64_MIN, INT64_MAX, &seed, &error)))
+        (status = field_optional_string(payload, "resume_from", &order.options.resume_from, &error)))
         goto failed;
     job->folder = strdup(folder);
     if (!job->folder) {
@@ -272,7 +273,6 @@ void worker_job_start(struct worker *worker, const json_t *payload)
         goto failed;
     job->model = model;
     model->n_holders++;
-    order.options.spec.seed = (uint64_t)seed;
     order.options.folder = job->folder;
     order.options.callbacks = (struct trainer_callbacks){
         .arg = worker,

@@ -529,8 +529,9 @@ static json_t *spec_json(void)
 
 static json_t *job_json(const char *job, const char *training_file)
 {
-    return json_pack("{s:s, s:i, s:o, s:s, s:n, s:o}", "job", job, "attempt", 1, "model", model_json(),
-                     "training_file", training_file, "validation_file", "hyperparameters", spec_json());
+    return json_pack("{s:s, s:i, s:o, s:s, s:n, s:o, s:i}", "job", job, "attempt", 1, "model", model_json(),
+                     "training_file", training_file, "validation_file", "hyperparameters", spec_json(),
+                     "seed", 42);
 }
 
 static json_t *start_json(const char *job, const char *training_file, const char *resume_from)
@@ -540,7 +541,6 @@ static json_t *start_json(const char *job, const char *training_file, const char
     snprintf(folder, sizeof folder, "%s/%s", work_folder, job);
     assert_int_equal(file_make_dirs(folder, NULL), 0);
     json_object_set_new(payload, "folder", json_string(folder));
-    json_object_set_new(payload, "seed", json_integer(42));
     json_object_set_new(payload, "resume_from", resume_from ? json_string(resume_from) : json_null());
     return payload;
 }
