@@ -5,12 +5,13 @@
  *     is read once, in blocks of columns;
  *   - few rows, B in rows: vectors along n, in blocks of columns;
  *   - otherwise tiles of C. A task packs the block of B that it needs into its thread's scratch as panels of
- *     fp32, DEPTH deep, and runs A against each from its place. Packing is where BF16 and F16 are widened and
- *     transposes undone; it is spread over the rows of a tile, so it costs a few per cent. Goto and van de
- *     Geijn 2008, "Anatomy of high-performance matrix multiplication", with A left unpacked because a
- * broadcast operand needs no order of its own. OpenBLAS would serve the third case; this reaches a higher
- * rate on the processors it was measured on (see docs/performance.md), reads BF16 without a copy of the
- * weights, and brings no threads of its own. */
+ *     fp32, DEPTH deep, and runs A against each. Packing is where BF16 and F16 are widened and transposes
+ *     undone; it is spread over the rows of a tile, so it costs a few per cent. Goto and van de Geijn 2008,
+ *     "Anatomy of high-performance matrix multiplication", but A stays in its place: a broadcast operand
+ *     needs no order of its own.
+ *
+ * OpenBLAS would serve the last; this is as fast where it was measured (`adderd-bench machine` prints both),
+ * reads BF16 without a copy of the weights, and brings no threads of its own. */
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/device.h"
 #include "kernels/cpu/gemm_small.h"
@@ -24,7 +25,7 @@ enum {
     COLUMNS_ROWS = 16, /* likewise for B in rows */
     DOTS_COLUMNS = 8,  /* a C this narrow is never worth packing */
     STRIP = 64,        /* rows of a task where C is narrow */
-    STRIPS_A_THREAD = 2,
+    STRIPS_A_THREAD = 4,
     SERIAL_PRODUCTS = 40000, /* multiplications worth waking nobody for: a microsecond */
     TILE_ROWS = 256,
     TILE_ROWS_LEAST = 64,

@@ -75,6 +75,45 @@ static void test_gemm_edges(void **state)
     compare_backends(gemm_case, &p, "gemm without rows");
 }
 
+/* Large enough for several tiles in every direction, each with a narrower last one, and for sums in parts. */
+static void test_gemm_tiles(void **state)
+{
+    (void)state;
+    for (int variant = 0; variant < 4; variant++) {
+        struct gemm_case p = {
+            .m = 270,
+            .n = 403,
+            .k = 300,
+            .transpose_a = variant & 1,
+            .transpose_b = variant >> 1 & 1,
+            .b_type = weight_types[variant % 3],
+            .alpha = 0.5f,
+            .beta = variant == 3 ? 1.0f : 0.0f,
+            .gap = variant,
+        };
+        compare_backends(gemm_case, &p, "gemm in tiles, ta %d tb %d", p.transpose_a, p.transpose_b);
+    }
+}
+
+/* Every way to few rows, with an inner size that is and is not a multiple of all vectors. */
+static void test_gemm_few_rows(void **state)
+{
+    (void)state;
+    for (int64_t m = 1; m <= 33; m = m < 6 ? m + 1 : m + 9) {
+        for (int type = 0; type < 3; type++) {
+            struct gemm_case p = {
+                .m = m, .n = 131, .k = type == 0 ? 128 : 107, .transpose_b = true, .alpha = 1};
+            p.b_type = weight_types[type];
+            p.gap = type;
+            compare_backends(gemm_case, &p, "gemm of %lld rows, %s", (long long)m,
+                             kernel_type_name(p.b_type));
+            p.k = 16;
+            compare_backends(gemm_case, &p, "gemm of %lld short rows, %s", (long long)m,
+                             kernel_type_name(p.b_type));
+        }
+    }
+}
+
 struct lora_case {
     int64_t rows, in, out, rank;
     float dropout;
@@ -149,6 +188,8 @@ static void test_lora(void **state)
     }
     struct lora_case p = {.rows = 1134, .in = 24, .out = 48, .rank = 8, .dropout = 0.1f, .with_dx = true};
     compare_backends(lora_case, &p, "lora rows 1134");
+    p = (struct lora_case){.rows = 130, .in = 100, .out = 150, .rank = 128, .dropout = 0.5f, .with_dx = true};
+    compare_backends(lora_case, &p, "lora rank 128");
 }
 
 struct embedding_case {
@@ -297,8 +338,10 @@ static void test_cast(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gemm),      cmocka_unit_test(test_gemm_edges), cmocka_unit_test(test_lora),
-        cmocka_unit_test(test_embedding), cmocka_unit_test(test_rmsnorm),    cmocka_unit_test(test_cast),
+        cmocka_unit_test(test_gemm),       cmocka_unit_test(test_gemm_edges),
+        cmocka_unit_test(test_gemm_tiles), cmocka_unit_test(test_gemm_few_rows),
+        cmocka_unit_test(test_lora),       cmocka_unit_test(test_embedding),
+        cmocka_unit_test(test_rmsnorm),    cmocka_unit_test(test_cast),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

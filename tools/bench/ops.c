@@ -185,14 +185,20 @@ static void take_layer(struct model *m, int index, bool training)
     l->d = take_floats(m, D_INNER, 0.5f, 1);
     l->dt_bias = take_floats(m, D_INNER, -6, -2);
     l->norm = take_floats(m, D_MODEL, 0.5f, 1);
-    l->normed = take_floats(m, rows * D_MODEL, 0, 0);
-    l->residual = take_floats(m, rows * D_MODEL, 0, 0);
-    l->rstd = take_floats(m, rows, 0, 0);
-    l->xz = take_floats(m, rows * 2 * D_INNER, 0, 0);
-    l->conv = take_floats(m, rows * D_INNER, 0, 0);
-    l->x_dbl = take_floats(m, rows * X_DBL, 0, 0);
-    l->dt = take_floats(m, rows * D_INNER, 0, 0);
-    l->y = take_floats(m, rows * D_INNER, 0, 0);
+    if (training || index == 0) {
+        l->normed = take_floats(m, rows * D_MODEL, 0, 0);
+        l->residual = take_floats(m, rows * D_MODEL, 0, 0);
+        l->rstd = take_floats(m, rows, 0, 0);
+        l->xz = take_floats(m, rows * 2 * D_INNER, 0, 0);
+        l->conv = take_floats(m, rows * D_INNER, 0, 0);
+        l->x_dbl = take_floats(m, rows * X_DBL, 0, 0);
+        l->dt = take_floats(m, rows * D_INNER, 0, 0);
+        l->y = take_floats(m, rows * D_INNER, 0, 0);
+    } else { /* a step forgets each layer's activations */
+        const struct layer *first = &m->layers[0];
+        l->normed = first->normed, l->residual = first->residual, l->rstd = first->rstd, l->xz = first->xz;
+        l->conv = first->conv, l->x_dbl = first->x_dbl, l->dt = first->dt, l->y = first->y;
+    }
     if (training) {
         l->chunk_states = take_floats(m, scan_chunk_count(m->starts, m->n_seqs) * D_STATE * D_INNER, 0, 0);
         take_adapter(m, &l->in_adapter, D_MODEL, 2 * D_INNER, &m->slices[4 * index]);
