@@ -10,7 +10,7 @@
  * last of these: that is how a client that left is noticed. */
 #include "daemon/http.h"
 
-#include "api/text.h"
+#include "base/buffer.h"
 #include "base/log.h"
 
 #include <microhttpd.h>
@@ -55,6 +55,7 @@ struct exchange {
     bool suspended;
     bool held; /* a handler will still answer or hold it */
     bool dead; /* the client is gone: close when MHD next asks */
+    bool last; /* nothing more can be read from the connection after this */
 
     enum http_body body_kind;
     struct buffer body;
@@ -456,6 +457,7 @@ static enum MHD_Result on_access(void *arg, struct MHD_Connection *connection, c
         /* A client that asked first need not send its body at all. */
         if (!exchange->problem.status || !http_header(&exchange->request, "expect"))
             return MHD_YES;
+        exchange->last = true;
         end_body(exchange);
         return queue_response(exchange);
     }
@@ -549,7 +551,7 @@ static void answer(struct exchange *exchange, int status, struct MHD_Response *r
 {
     if (response) {
         MHD_add_response_header(response, "x-request-id", exchange->request.id);
-        if (exchange->request.server->draining)
+        if (exchange->request.server->draining || exchange->last)
             MHD_add_response_header(response, MHD_HTTP_HEADER_CONNECTION, "close");
     } else {
         exchange->dead = true;
