@@ -87,7 +87,7 @@ static json_t *encode_bad_lines(const struct trainer_bad_lines *bad)
 
 void worker_job_validate(struct worker *worker, uint64_t id, const json_t *payload)
 {
-    struct job_order order = {0};
+    struct job_order order = {.options.callbacks = {.arg = worker, .yield = worker_yield}};
     struct trainer_inspection inspection;
     struct trainer_bad_lines bad = {0};
     struct loaded_model *model;

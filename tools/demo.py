@@ -97,7 +97,7 @@ def complete(client, model, prompt):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adderd", default=str(ROOT / "build/daemon/adderd"))
+    parser.add_argument("--adderd", default=str(ROOT / "build/adderd"))
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="adderd-demo-") as folder:

@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { YIELD_BYTES = 1 << 18 }; /* some 20 ms of tokenizing */
+
 struct loader {
     struct dataset *dataset;
     const struct tokenizer *tokenizer;
@@ -348,13 +350,18 @@ static bool is_blank(const char *text, size_t length)
 static int read_lines(struct loader *loader, FILE *file, const char *path, struct error *error)
 {
     char *text = NULL;
-    size_t capacity = 0;
+    size_t capacity = 0, unyielded = 0;
     ssize_t got;
     int status = 0;
     errno = 0;
     while ((got = getline(&text, &capacity, file)) >= 0) {
         const char *line = text;
         size_t length = (size_t)got;
+        unyielded += length;
+        if (loader->options->yield && unyielded >= YIELD_BYTES) {
+            loader->options->yield(loader->options->yield_arg);
+            unyielded = 0;
+        }
         if (loader->line++ == 0 && length >= 3 && !memcmp(line, "\xEF\xBB\xBF", 3)) {
             line += 3;
             length -= 3;

@@ -39,6 +39,8 @@ struct dataset_options {
     int32_t eos_id;  /* closes an example; -1 = none */
     const char *chat_template; /* "alpaca", "chatml", NULL = plain "role: content" lines; for messages and
                                   instruction */
+    void (*yield)(void *arg);  /* called every so often while a file is read; NULL = never */
+    void *yield_arg;
 };
 
 struct dataset {

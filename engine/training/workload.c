@@ -34,6 +34,8 @@ static int load_data(const struct trainer_options *options, const char *path, co
         .split_text = options->spec.packing,
         .eos_id = config->eos_id,
         .chat_template = config->chat_template[0] ? config->chat_template : NULL,
+        .yield = options->callbacks.yield,
+        .yield_arg = options->callbacks.arg,
     };
     struct dataset *dataset = NULL;
     struct error reason = {0};

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
-ADDERD = os.environ.get("ADDERD", str(SOURCE / "build-test/daemon/adderd"))
+ADDERD = os.environ.get("ADDERD", str(SOURCE / "build-test/adderd"))
 SANITIZED = "asan" in ADDERD or "tsan" in ADDERD
 PATIENCE = 10 if SANITIZED else 1  # sanitizers make everything slower
 
