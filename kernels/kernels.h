@@ -55,8 +55,7 @@ struct kernel_device_info {
     bool is_host; /* device pointers are host pointers */
 };
 
-/* ---- linear algebra
- * ------------------------------------------------------------------------------------------- */
+/* ---- linear algebra ---- */
 
 /* C[M,N] = alpha * op(A) op(B) + beta * C. op(A) is [M,K], op(B) is [K,N].
  * A linear layer y = x W^T with W [out,in]: A = x, B = W, transpose_b. Its input gradient: A = dy, B = W. Its
@@ -111,8 +110,7 @@ struct lora_backward_args {
     enum kernel_type act;
 };
 
-/* ---- token embedding
- * ------------------------------------------------------------------------------------------ */
+/* ---- token embedding ---- */
 
 /* y[t] = table[ids[t]] (+ scale * B A[:,ids[t]] when lora_a is not NULL). */
 struct embedding_forward_args {
@@ -140,8 +138,7 @@ struct embedding_backward_args {
     float *db; /* [d_model,rank] or NULL */
 };
 
-/* ---- RMSNorm with residual
- * ------------------------------------------------------------------------------------ */
+/* ---- RMSNorm with residual ---- */
 
 /* r = residual + x (x may be NULL: r = residual); y = r / sqrt(mean(r^2) + eps) * weight.
  * The residual stream is fp32 always. residual_out may be residual (in place). */
@@ -171,8 +168,7 @@ struct rmsnorm_backward_args {
     enum kernel_type act;
 };
 
-/* ---- causal depthwise convolution + SiLU
- * ---------------------------------------------------------------------- */
+/* ---- causal depthwise convolution + SiLU ---- */
 
 /* Recurrent state lives in a pool of equal slots: the state of sequence s for this layer begins at
  * pool + slots[s] * slot_stride (fp32 elements). slots NULL with pool not NULL means slots[s] = s. */
@@ -214,8 +210,7 @@ struct conv_backward_args {
     enum kernel_type act;
 };
 
-/* ---- Mamba-1 selective scan
- * ----------------------------------------------------------------------------------- */
+/* ---- Mamba-1 selective scan ---- */
 
 /* Gu and Dao 2023, algorithm 2, with dt's softplus, the D skip and the z gate fused:
  *   delta[t,c] = softplus(dt[t,c] + dt_bias[c])
@@ -277,8 +272,7 @@ struct scan_prepare_args {
     float *a;           /* [d_state,channels] */
 };
 
-/* ---- head, loss, scores
- * --------------------------------------------------------------------------------------- */
+/* ---- head, loss, scores ---- */
 
 /* logits = hidden W^T, in row chunks, never [T,vocab] at once. targets[t] < 0: ignored, its outputs are 0.
  * With d_hidden, also the gradient of grad_scale * sum over counted t of -log p(target). grad_scale may be
@@ -302,8 +296,7 @@ struct head_args {
 };
 enum { KERNEL_TOP_MAX = 20 };
 
-/* ---- optimizer
- * ------------------------------------------------------------------------------------------------ */
+/* ---- optimizer ---- */
 
 struct param_slice {
     int64_t count;
@@ -328,8 +321,7 @@ struct grad_norm_args {
     double *ret_sum;
 };
 
-/* ---- sampling
- * ------------------------------------------------------------------------------------------------- */
+/* ---- sampling ---- */
 
 struct logit_bias {
     int32_t id;
@@ -337,7 +329,8 @@ struct logit_bias {
 };
 /* One row's way of choosing. Order: repetition, presence and frequency penalties, logit bias, then
  * (temperature > 0) temperature, top-k, top-p, min-p; temperature 0 = the highest adjusted logit, ties to the
- * lowest id. */
+ * lowest id. The draw walks the ids that are left in ascending order of id until their running sum of
+ * probabilities passes it. */
 struct sample_row {
     float temperature;
     int32_t top_k;            /* 0 = off */
@@ -361,12 +354,11 @@ struct sample_args {
     int32_t *ids;                 /* [rows], host */
     float *logprobs;     /* [rows], host: of the chosen id under the model itself (before penalties and
                             temperature) */
-    int32_t *top_ids;    /* [rows,KERNEL_TOP_MAX], host, or NULL; of the model itself */
+    int32_t *top_ids;    /* [rows,KERNEL_TOP_MAX], host, or NULL; of the model itself, n_top of each row */
     float *top_logprobs; /* [rows,KERNEL_TOP_MAX] */
 };
 
-/* ---- the table
- * ------------------------------------------------------------------------------------------------ */
+/* ---- the table ---- */
 
 struct kernel_ops {
     const char *name; /* "cpu", "cuda" */
