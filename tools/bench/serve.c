@@ -134,8 +134,8 @@ static pid_t start_daemon(const char *adderd, const char *models, const char *fo
 static bool start_job(int port)
 {
     static char answer[ANSWER_BYTES], body[65536];
-    static const char head[] = "--b\r\nContent-Disposition: form-data; "
-                               "name=\"purpose\"\r\n\r\nfine-tune\r\n--b\r\nContent-Disposition: "
+    static const char head[] = "--bench\r\nContent-Disposition: form-data; "
+                               "name=\"purpose\"\r\n\r\nfine-tune\r\n--bench\r\nContent-Disposition: "
                                "form-data; name=\"file\"; filename=\"bench.jsonl\"\r\n\r\n";
     size_t length = (size_t)snprintf(body, sizeof body, "%s", head);
     for (int i = 0; i < 64; i++)
@@ -145,9 +145,9 @@ static bool start_job(int port)
             "walked "
             "over the hill and through the wood, and every bird he met told him another way to go.\"}\n",
             i);
-    length += (size_t)snprintf(body + length, sizeof body - length, "\r\n--b--\r\n");
+    length += (size_t)snprintf(body + length, sizeof body - length, "\r\n--bench--\r\n");
     char file[100], id[100], path[256];
-    if (ask(port, "POST", "/v1/files", "multipart/form-data; boundary=b", body, length, answer) != 200 ||
+    if (ask(port, "POST", "/v1/files", "multipart/form-data; boundary=bench", body, length, answer) != 200 ||
         !read_member(answer, "id", file, sizeof file))
         return false;
     length = (size_t)snprintf(body, sizeof body,
