@@ -229,7 +229,7 @@ void handle_job_events(struct server *server, struct http_request *request)
     const char *accept = http_header(request, "accept"), *last = http_header(request, "last-event-id");
     if (accept && strstr(accept, "text/event-stream"))
         events->query.stream = true;
-    if (events->query.stream && last && strlen(last) < sizeof events->query.after)
+    if (events->query.stream && last && *last && strlen(last) < sizeof events->query.after)
         snprintf(events->query.after, sizeof events->query.after, "%s", last);
     store_job_get(server->store, request->route.id, on_job_of_events, events);
 }
