@@ -1,13 +1,13 @@
 /* fuzz_api.c: bodies, paths and queries as clients could send them, through every decoder; what is accepted
  * is encoded again. The first byte chooses the decoder. */
+#include "fuzz.h"
+
 #include "api/completion.h"
 #include "api/route.h"
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static void fuzz_body(int which, const char *text, size_t size)
 {
