@@ -408,6 +408,9 @@ struct kernel_ops {
 const struct kernel_ops *kernels_reference(void);
 /* Vectorised (AVX2 or AVX-512, chosen at run time; plain code elsewhere) and threaded. */
 const struct kernel_ops *kernels_cpu(void);
+/* NVIDIA GPUs; NULL when the build has no CUDA. device_open(index) answers KERNEL_UNSUPPORTED without a driver and
+ * KERNEL_INVALID when there is no such GPU. Activations are F32, BF16 or F16. */
+const struct kernel_ops *kernels_cuda(void);
 
 /* Chunks of SCAN_CHUNK tokens over all sequences: how many states chunk_states holds. */
 int64_t scan_chunk_count(const int32_t *seq_starts, int32_t n_seqs);

@@ -1,0 +1,52 @@
+/* backend.cu: the table of the CUDA ops. Constant. */
+#include "kernels/cuda/common.cuh"
+
+/* An op that this backend does not have. */
+template <typename A> static int cuda_unsupported(struct kernel_device *device, const A *)
+{
+    return device->status != KERNEL_OK ? device->status : KERNEL_UNSUPPORTED;
+}
+
+static struct kernel_ops make_ops(void)
+{
+    struct kernel_ops ops = {};
+    ops.name = "cuda";
+    ops.device_open = cuda_device_open;
+    ops.device_close = cuda_device_close;
+    ops.device_query = cuda_device_query;
+    ops.memory_alloc = cuda_memory_alloc;
+    ops.memory_free = cuda_memory_free;
+    ops.copy_in = cuda_copy_in;
+    ops.copy_out = cuda_copy_out;
+    ops.copy = cuda_copy;
+    ops.zero = cuda_zero;
+    ops.cast = cuda_cast;
+    ops.synchronize = cuda_synchronize;
+    ops.gemm = cuda_unsupported;
+    ops.lora_forward = cuda_unsupported;
+    ops.lora_backward = cuda_unsupported;
+    ops.embedding_forward = cuda_unsupported;
+    ops.embedding_backward = cuda_unsupported;
+    ops.rmsnorm_forward = cuda_unsupported;
+    ops.rmsnorm_backward_workspace = [](int64_t, int64_t) { return (int64_t)0; };
+    ops.rmsnorm_backward = cuda_unsupported;
+    ops.conv_forward = cuda_unsupported;
+    ops.conv_backward = cuda_unsupported;
+    ops.scan_prepare = cuda_unsupported;
+    ops.scan_forward = cuda_unsupported;
+    ops.scan_backward_workspace = [](int64_t, int64_t, int64_t, int32_t) { return (int64_t)0; };
+    ops.scan_backward = cuda_unsupported;
+    ops.head_workspace = [](int64_t, int64_t, int64_t, bool) { return (int64_t)0; };
+    ops.head = cuda_unsupported;
+    ops.adamw = cuda_unsupported;
+    ops.grad_norm = cuda_unsupported;
+    ops.sample = cuda_unsupported;
+    return ops;
+}
+
+static const struct kernel_ops cuda_ops = make_ops();
+
+extern "C" const struct kernel_ops *kernels_cuda(void)
+{
+    return &cuda_ops;
+}
