@@ -5,7 +5,13 @@
 
 #include <stdint.h>
 
-static inline void philox_block(const uint32_t key[2], const uint32_t counter[4], uint32_t ret_words[4])
+#ifdef __CUDACC__ /* the same text on the device */
+#define PHILOX_INLINE static inline __host__ __device__
+#else
+#define PHILOX_INLINE static inline
+#endif
+
+PHILOX_INLINE void philox_block(const uint32_t key[2], const uint32_t counter[4], uint32_t ret_words[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     uint32_t k0 = key[0], k1 = key[1];
