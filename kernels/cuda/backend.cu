@@ -22,14 +22,14 @@ static struct kernel_ops make_ops(void)
     ops.zero = cuda_zero;
     ops.cast = cuda_cast;
     ops.synchronize = cuda_synchronize;
-    ops.gemm = cuda_unsupported;
+    ops.gemm = cuda_gemm;
     ops.lora_forward = cuda_unsupported;
     ops.lora_backward = cuda_unsupported;
-    ops.embedding_forward = cuda_unsupported;
-    ops.embedding_backward = cuda_unsupported;
-    ops.rmsnorm_forward = cuda_unsupported;
-    ops.rmsnorm_backward_workspace = [](int64_t, int64_t) { return (int64_t)0; };
-    ops.rmsnorm_backward = cuda_unsupported;
+    ops.embedding_forward = cuda_embedding_forward;
+    ops.embedding_backward = cuda_embedding_backward;
+    ops.rmsnorm_forward = cuda_rmsnorm_forward;
+    ops.rmsnorm_backward_workspace = cuda_rmsnorm_backward_workspace;
+    ops.rmsnorm_backward = cuda_rmsnorm_backward;
     ops.conv_forward = cuda_unsupported;
     ops.conv_backward = cuda_unsupported;
     ops.scan_prepare = cuda_unsupported;
@@ -38,9 +38,9 @@ static struct kernel_ops make_ops(void)
     ops.scan_backward = cuda_unsupported;
     ops.head_workspace = [](int64_t, int64_t, int64_t, bool) { return (int64_t)0; };
     ops.head = cuda_unsupported;
-    ops.adamw = cuda_unsupported;
-    ops.grad_norm = cuda_unsupported;
-    ops.sample = cuda_unsupported;
+    ops.adamw = cuda_adamw;
+    ops.grad_norm = cuda_grad_norm;
+    ops.sample = cuda_sample;
     return ops;
 }
 

@@ -144,34 +144,42 @@ template <typename T> static inline bool cuda_aligned(const T *p, int64_t stride
     return (uintptr_t)p % 16 == 0 && stride * (int64_t)sizeof(T) % 16 == 0;
 }
 
-/* N consecutive elements as floats, N a multiple of 16 bytes' worth when `p` is known to be aligned (pack::COUNT is
- * 4 for float, 8 for the halves). */
+/* N consecutive elements as floats: whole packs (pack::COUNT is 4 for float, 8 for the halves) where p is known to be
+ * aligned, or one element anywhere. */
 template <typename T, int N> static __device__ __forceinline__ void load_pack(const T *p, float (&out)[N])
 {
     constexpr int COUNT = pack<T>::COUNT;
-    static_assert(N % COUNT == 0, "whole packs");
+    static_assert(N == 1 || N % COUNT == 0, "whole packs");
+    if constexpr (N == 1) {
+        out[0] = to_float(p[0]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < N; i += COUNT) {
-        uint4 raw = *reinterpret_cast<const uint4 *>(p + i);
-        const T *v = reinterpret_cast<const T *>(&raw);
+        for (int i = 0; i < N; i += COUNT) {
+            uint4 raw = *reinterpret_cast<const uint4 *>(p + i);
+            const T *v = reinterpret_cast<const T *>(&raw);
 #pragma unroll
-        for (int j = 0; j < COUNT; j++)
-            out[i + j] = to_float(v[j]);
+            for (int j = 0; j < COUNT; j++)
+                out[i + j] = to_float(v[j]);
+        }
     }
 }
 
 template <typename T, int N> static __device__ __forceinline__ void store_pack(T *p, const float (&in)[N])
 {
     constexpr int COUNT = pack<T>::COUNT;
-    static_assert(N % COUNT == 0, "whole packs");
+    static_assert(N == 1 || N % COUNT == 0, "whole packs");
+    if constexpr (N == 1) {
+        p[0] = from_float<T>(in[0]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < N; i += COUNT) {
-        uint4 raw;
-        T *v = reinterpret_cast<T *>(&raw);
+        for (int i = 0; i < N; i += COUNT) {
+            uint4 raw;
+            T *v = reinterpret_cast<T *>(&raw);
 #pragma unroll
-        for (int j = 0; j < COUNT; j++)
-            v[j] = from_float<T>(in[i + j]);
-        *reinterpret_cast<uint4 *>(p + i) = raw;
+            for (int j = 0; j < COUNT; j++)
+                v[j] = from_float<T>(in[i + j]);
+            *reinterpret_cast<uint4 *>(p + i) = raw;
+        }
     }
 }
 
