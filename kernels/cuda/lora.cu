@@ -278,7 +278,8 @@ int outer(struct kernel_device *device, const struct wide &x, const float *low, 
           const struct dropout &d, float scale, float *sum)
 {
     int64_t part_rows = divide_up(x.rows, OUTER_PARTS_MOST), count = rank * x.columns;
-    part_rows = part_rows < OUTER_ROWS_LEAST ? OUTER_ROWS_LEAST : part_rows;
+    if (part_rows < OUTER_ROWS_LEAST)
+        part_rows = OUTER_ROWS_LEAST;
     int64_t n_parts = divide_up(x.rows, part_rows);
     void *parts;
     int status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(n_parts * count) * sizeof(float), &parts);
