@@ -13,6 +13,7 @@
 
 #include "base/log.h"
 
+#include <ctype.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
@@ -393,16 +394,34 @@ static int run_loop(struct worker *worker)
 
 /* ---- opening and closing ---- */
 
+/* The number in "cuda:N", or -1. */
+static int cuda_index(const char *name)
+{
+    if (strncmp(name, "cuda:", 5) != 0 || !isdigit((unsigned char)name[5]))
+        return -1;
+    char *end;
+    long index = strtol(name + 5, &end, 10);
+    return *end == '\0' && index < 1000 ? (int)index : -1;
+}
+
 static int open_device(struct worker *worker, struct error *error)
 {
     const char *name = worker->options->device;
-    if (!strncmp(name, "cuda:", 5))
-        return error_set_param(error, ERROR_UNSUPPORTED, "device", "this build has no CUDA backend");
-    if (strcmp(name, "cpu") != 0)
+    bool is_cpu = !strcmp(name, "cpu");
+    int index = is_cpu ? 0 : cuda_index(name);
+    if (index < 0)
         return error_set_param(error, ERROR_INVALID, "device", "\"%s\" is not a device: cpu or cuda:N", name);
-    setpriority(PRIO_PROCESS, 0, CPU_NICENESS); /* inherited by the device's threads */
-    worker->ops = kernels_cpu();
-    int status = worker->ops->device_open(0, worker->options->threads, &worker->device);
+    if (is_cpu)
+        setpriority(PRIO_PROCESS, 0, CPU_NICENESS); /* inherited by the device's threads */
+    worker->ops = is_cpu ? kernels_cpu() : kernels_cuda();
+    if (worker->ops == NULL)
+        return error_set_param(error, ERROR_UNSUPPORTED, "device", "this build has no CUDA backend");
+    int status = worker->ops->device_open(index, worker->options->threads, &worker->device);
+    if (status == KERNEL_UNSUPPORTED)
+        return error_set(error, ERROR_DEVICE, "device %s does not open: no NVIDIA driver, or one too old",
+                         name);
+    if (status == KERNEL_INVALID)
+        return error_set(error, ERROR_DEVICE, "device %s does not open: there is no such GPU", name);
     if (status == KERNEL_OK)
         status = worker->ops->device_query(worker->device, &worker->device_info);
     if (status != KERNEL_OK)

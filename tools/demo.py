@@ -51,13 +51,13 @@ class Client:
                     yield json.loads(line[6:])
 
 
-def start(adderd, data_dir):
+def start(adderd, data_dir, device):
     port_file = data_dir / "port"
     log = open(data_dir / "adderd.log", "wb")
     began = time.monotonic()
     process = subprocess.Popen(
         [adderd, "serve", "--listen", "127.0.0.1:0", "--port-file", str(port_file), "--data-dir", str(data_dir),
-         "--models-dir", str(ROOT / "models"), "--device", "cpu"], stdout=log, stderr=log)
+         "--models-dir", str(ROOT / "models"), "--device", device], stdout=log, stderr=log)
     while time.monotonic() - began < 30:
         if process.poll() is not None:
             break
@@ -98,10 +98,11 @@ def complete(client, model, prompt):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adderd", default=str(ROOT / "build/adderd"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda:N or auto")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="adderd-demo-") as folder:
-        process, client, seconds = start(options.adderd, pathlib.Path(folder))
+        process, client, seconds = start(options.adderd, pathlib.Path(folder), options.device)
         try:
             print(f"adderd is ready after {seconds:.2f} s at {client.base}")
             file = client.upload(ROOT / "examples/shakespeare.jsonl")

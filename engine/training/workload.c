@@ -10,10 +10,12 @@ static int check_spec(const struct trainer_options *options, struct error *error
     struct kernel_device_info info;
     if (model_ops(options->model)->device_query(model_device(options->model), &info))
         return error_set(error, ERROR_DEVICE, "cannot query the device");
-    if (info.is_host && spec->precision != PRECISION_FP32)
-        return error_set_param(error, ERROR_UNSUPPORTED, "precision",
-                               "precision %s needs a GPU: the CPU computes in fp32 and nothing else",
-                               training_precision_name(spec->precision));
+    if (spec->precision != PRECISION_FP32)
+        return error_set_param(
+            error, ERROR_UNSUPPORTED, "precision",
+            info.is_host ? "precision %s needs a GPU: the CPU computes in fp32 and nothing else"
+                         : "precision %s: training on this device computes in fp32 and nothing else",
+            training_precision_name(spec->precision));
     if (!options->validation_file && spec->load_best_at_end)
         return error_set_param(error, ERROR_INVALID, "load_best_at_end",
                                "load_best_at_end needs a validation_file: the best is that of the lowest "

@@ -2,8 +2,7 @@
 
 #include <stdio.h>
 
-enum { GUARD_BYTES = 256 };
-static const uint32_t SENTINEL = 0x7fc5e471; /* a quiet NaN, as float and as either half of it in 16 bits */
+#include "tests/kernels/mirror.h"
 
 uint64_t random_next(struct session *session)
 {
@@ -23,6 +22,7 @@ void session_open(struct session *session, const struct kernel_ops *ops, int thr
     memset(session, 0, sizeof(*session));
     session->ops = ops;
     session->random = 2024;
+    mirror_enter(session);
     assert_int_equal(ops->device_open(0, threads, &session->device), KERNEL_OK);
 }
 
@@ -69,13 +69,25 @@ static void keep_copy(struct session *session)
     memcpy(block->before, block->raw, total);
 }
 
+/* To the type of the activations, so that nothing is lost when an array becomes one. */
+static float rounded(const struct session *session, float value)
+{
+    uint16_t half;
+    if (session->act == TYPE_F32)
+        return value;
+    const struct kernel_ops *host = kernels_reference();
+    assert_int_equal(host->cast(NULL, &half, session->act, &value, TYPE_F32, 1), KERNEL_OK);
+    assert_int_equal(host->cast(NULL, &value, TYPE_F32, &half, session->act, 1), KERNEL_OK);
+    return value;
+}
+
 float *input_rows(struct session *session, const char *name, int64_t rows, int64_t columns, int64_t stride,
                   float low, float high)
 {
     float *data = add_block(session, name, BLOCK_INPUT, TYPE_F32, rows, columns, stride);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c++)
-            data[r * stride + c] = random_float(session, low, high);
+            data[r * stride + c] = rounded(session, random_float(session, low, high));
     keep_copy(session);
     return data;
 }
@@ -91,9 +103,9 @@ void *input_weights(struct session *session, const char *name, enum kernel_type 
     char *data = add_block(session, name, BLOCK_INPUT, type, rows, columns, stride);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t c = 0; c < columns; c++) {
-            float value = random_float(session, low, high);
+            float value = rounded(session, random_float(session, low, high));
             void *to = data + (size_t)(r * stride + c) * kernel_type_size(type);
-            assert_int_equal(kernels_reference()->cast(session->device, to, type, &value, TYPE_F32, 1), 0);
+            assert_int_equal(kernels_reference()->cast(NULL, to, type, &value, TYPE_F32, 1), 0);
         }
     }
     keep_copy(session);
@@ -239,9 +251,12 @@ static void compare_floats(const struct session *session, const struct block *bl
             scale += y * y;
         }
     }
-    if (!(error <= block->tolerance * scale || error == 0))
+    double tolerance = session->act == TYPE_BF16  ? BF16_ERROR
+                       : session->act == TYPE_F16 ? F16_ERROR
+                                                  : block->tolerance;
+    if (!(error <= tolerance * scale || error == 0))
         fail_msg("%s: %s has normalised error %.3g, more than %.3g", session->label, block->name,
-                 error / scale, block->tolerance);
+                 error / scale, tolerance);
 }
 
 static void compare_sessions(const struct session *session, const struct session *expected, bool exactly)
@@ -252,10 +267,10 @@ static void compare_sessions(const struct session *session, const struct session
         if (a->kind != BLOCK_OUTPUT)
             continue;
         if (exactly && memcmp(a->raw, b->raw, a->bytes + 2 * GUARD_BYTES) != 0)
-            fail_msg("%s: %s differs from the same with one thread", session->label, a->name);
-        if (!exactly && a->type == TYPE_I32)
+            fail_msg("%s: %s differs from %s", session->label, a->name, expected->label);
+        if (!exactly && a->type == TYPE_I32 && session->act == TYPE_F32)
             compare_ids(session, a, b);
-        else if (!exactly)
+        else if (!exactly && a->type != TYPE_I32)
             compare_floats(session, a, b);
     }
 }
@@ -264,9 +279,44 @@ static void run_case(struct session *session, case_function function, const void
                      const char *how)
 {
     snprintf(session->label, sizeof(session->label), "%s [%s]", label, how);
+    mirror_enter(session);
     function(session, param);
     for (int i = 0; i < session->n_blocks; i++)
         check_block(session, &session->blocks[i]);
+}
+
+static void compare_cuda(case_function function, const void *param, const char *label)
+{
+    static const enum kernel_type types[] = {TYPE_F32, TYPE_BF16, TYPE_F16};
+    for (int i = 0; i < 3; i++) {
+        struct session reference, first, second;
+        session_open(&reference, kernels_reference(), 1);
+        session_open(&first, mirror_ops(), 1);
+        session_open(&second, mirror_ops(), 1);
+        reference.act = first.act = second.act = types[i];
+        char how[32];
+        snprintf(how, sizeof(how), "CUDA, %s", kernel_type_name(types[i]));
+        run_case(&reference, function, param, label, "reference");
+        run_case(&first, function, param, label, how);
+        compare_sessions(&first, &reference, false);
+        run_case(&second, function, param, label, "CUDA again");
+        compare_sessions(&second, &first, true);
+        session_close(&second);
+        session_close(&first);
+        session_close(&reference);
+    }
+}
+
+const struct kernel_ops *tested_backend(int index)
+{
+    if (mirror_wanted())
+        return index == 0 ? mirror_ops() : NULL;
+    return index <= (int)cpu_isa_detect() ? cpu_ops_of((enum cpu_isa)index) : NULL;
+}
+
+const struct kernel_ops *best_backend(void)
+{
+    return mirror_wanted() ? mirror_ops() : kernels_cpu();
 }
 
 void compare_backends(case_function function, const void *param, const char *format, ...)
@@ -278,6 +328,10 @@ void compare_backends(case_function function, const void *param, const char *for
     vsnprintf(label, sizeof(label), format, args);
     va_end(args);
 
+    if (mirror_wanted()) {
+        compare_cuda(function, param, label);
+        return;
+    }
     struct session reference;
     session_open(&reference, kernels_reference(), 1);
     run_case(&reference, function, param, label, "reference");

@@ -8,6 +8,9 @@
  *   - outputs equal the reference's: normalised error sum (a-b)^2 / sum b^2 below the array's tolerance,
  * integers exactly,
  *   - the number of threads changes no bit.
+ * With ADDERD_TEST_CUDA=1 the CUDA backend takes the CPU's place (mirror.h): with activations of each type, inputs
+ * rounded to it for the reference as well, and twice, which must give the same bits. Tolerances there: the array's own
+ * for F32, BF16_ERROR and F16_ERROR for the others, whose ids may differ where logits tie but for the rounding.
  * Sentinels are NaN, so that reading one shows in the result as well. */
 #ifndef TESTS_KERNELS_HARNESS_H
 #define TESTS_KERNELS_HARNESS_H
@@ -24,7 +27,9 @@
 #include "kernels/cpu/device.h"
 #include "kernels/kernels.h"
 
-enum { BLOCKS_MAX = 80 };
+enum { BLOCKS_MAX = 80, GUARD_BYTES = 256 };
+/* A quiet NaN, as float and as the upper half of it in 16 bits. */
+enum { SENTINEL = 0x7fc5e471 };
 
 enum block_kind { BLOCK_INPUT, BLOCK_OUTPUT, BLOCK_SCRATCH };
 
@@ -37,11 +42,17 @@ struct block {
     unsigned char *allocation;
     unsigned char *raw, *before; /* with guards; as it was when the case got it */
     size_t bytes;                /* between the guards */
+    /* While an op of the mirror runs: */
+    unsigned char *device_allocation, *device; /* device memory; begins with the guard, as raw does */
+    unsigned char *uploaded;                   /* what was copied there */
+    enum kernel_type device_type;
+    size_t device_bytes;
 };
 
 struct session {
     const struct kernel_ops *ops;
     struct kernel_device *device;
+    enum kernel_type act; /* of activations on the device; inputs are rounded to it */
     uint64_t random;
     char label[128];
     struct block blocks[BLOCKS_MAX];
@@ -53,10 +64,18 @@ typedef void (*case_function)(struct session *session, const void *param);
 /* Normalised errors that are good enough. */
 #define ELEMENTWISE 1e-12
 #define SUMMED      1e-11
+/* With activations in 16 bits, whose rounding alone gives 2^-18/3 and 2^-24/3 where every element is rounded once. */
+#define BF16_ERROR 2e-5
+#define F16_ERROR  4e-7
 
 /* Runs and compares as told above. `label` says which case, for the message. */
 void compare_backends(case_function function, const void *param, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+
+/* The backends of this run beside the reference, for tests that look at results themselves: NULL after the last. */
+const struct kernel_ops *tested_backend(int index);
+/* The best of them. */
+const struct kernel_ops *best_backend(void);
 
 /* One session on a backend, for tests that look at results themselves. */
 void session_open(struct session *session, const struct kernel_ops *ops, int threads);

@@ -261,7 +261,7 @@ static void test_conv_steps(void **state)
     (void)state;
     enum { STATE = (STEP_WIDTH - 1) * STEP_CHANNELS };
     struct session s;
-    session_open(&s, kernels_cpu(), 2);
+    session_open(&s, best_backend(), 2);
     float *x = input_floats(&s, "x", 2 * STEP_TOKENS * STEP_CHANNELS, -1, 1);
     float *whole = output_floats(&s, "whole", 2 * STEP_TOKENS * STEP_CHANNELS, 0);
     float *pool = output_floats(&s, "pool", 3 * STATE, 0);
@@ -303,7 +303,7 @@ static void test_scan_steps(void **state)
     (void)state;
     enum { STATE = STEP_STATE * STEP_CHANNELS, ALL = 2 * STEP_TOKENS * STEP_CHANNELS };
     struct session s;
-    session_open(&s, kernels_cpu(), 2);
+    session_open(&s, best_backend(), 2);
     float *x = input_floats(&s, "x", ALL, -1, 1), *dt = input_floats(&s, "dt", ALL, -4, 1);
     float *z = input_floats(&s, "z", ALL, -2, 2),
           *bc = input_floats(&s, "bc", 4 * STEP_TOKENS * STEP_STATE, -1, 1);
