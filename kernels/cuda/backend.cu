@@ -1,12 +1,6 @@
 /* backend.cu: the table of the CUDA ops. Constant. */
 #include "kernels/cuda/common.cuh"
 
-/* An op that this backend does not have. */
-template <typename A> static int cuda_unsupported(struct kernel_device *device, const A *)
-{
-    return device->status != KERNEL_OK ? device->status : KERNEL_UNSUPPORTED;
-}
-
 static struct kernel_ops make_ops(void)
 {
     struct kernel_ops ops = {};
@@ -23,21 +17,21 @@ static struct kernel_ops make_ops(void)
     ops.cast = cuda_cast;
     ops.synchronize = cuda_synchronize;
     ops.gemm = cuda_gemm;
-    ops.lora_forward = cuda_unsupported;
-    ops.lora_backward = cuda_unsupported;
+    ops.lora_forward = cuda_lora_forward;
+    ops.lora_backward = cuda_lora_backward;
     ops.embedding_forward = cuda_embedding_forward;
     ops.embedding_backward = cuda_embedding_backward;
     ops.rmsnorm_forward = cuda_rmsnorm_forward;
     ops.rmsnorm_backward_workspace = cuda_rmsnorm_backward_workspace;
     ops.rmsnorm_backward = cuda_rmsnorm_backward;
-    ops.conv_forward = cuda_unsupported;
-    ops.conv_backward = cuda_unsupported;
-    ops.scan_prepare = cuda_unsupported;
-    ops.scan_forward = cuda_unsupported;
-    ops.scan_backward_workspace = [](int64_t, int64_t, int64_t, int32_t) { return (int64_t)0; };
-    ops.scan_backward = cuda_unsupported;
-    ops.head_workspace = [](int64_t, int64_t, int64_t, bool) { return (int64_t)0; };
-    ops.head = cuda_unsupported;
+    ops.conv_forward = cuda_conv_forward;
+    ops.conv_backward = cuda_conv_backward;
+    ops.scan_prepare = cuda_scan_prepare;
+    ops.scan_forward = cuda_scan_forward;
+    ops.scan_backward_workspace = cuda_scan_backward_workspace;
+    ops.scan_backward = cuda_scan_backward;
+    ops.head_workspace = cuda_head_workspace;
+    ops.head = cuda_head;
     ops.adamw = cuda_adamw;
     ops.grad_norm = cuda_grad_norm;
     ops.sample = cuda_sample;
