@@ -16,6 +16,7 @@ namespace
 
 enum {
     BLOCK_THREADS = 128,
+    SPLIT_THREADS = 512, /* where few rows have to keep a device busy */
     LANE_COLUMNS = 4,
     RANKS = 8,        /* of one pass */
     PROJECT_ROWS = 4, /* of a warp, or of a block when there are few */
@@ -89,16 +90,16 @@ __device__ __forceinline__ void load_weights(const struct weights &w, int64_t fi
 /* low[row][r] = scale * sum over columns of mask * wide[row] * weight[r]. SPLIT: the warps of a block share its rows
  * and divide the columns, otherwise every warp has rows of its own. */
 template <typename T, bool BY_COLUMN, bool SPLIT>
-__global__ void __launch_bounds__(BLOCK_THREADS)
+__global__ void __launch_bounds__(SPLIT ? SPLIT_THREADS : BLOCK_THREADS)
     project_kernel(struct wide x, struct weights w, struct dropout d, float scale, float *low)
 {
-    constexpr int WARPS = BLOCK_THREADS / WARP;
+    constexpr int THREADS = SPLIT ? SPLIT_THREADS : BLOCK_THREADS, WARPS = THREADS / WARP;
     __shared__ float sums[WARPS][PROJECT_ROWS][RANKS];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int64_t row =
         SPLIT ? (int64_t)blockIdx.x * PROJECT_ROWS : ((int64_t)blockIdx.x * WARPS + warp) * PROJECT_ROWS;
     int64_t first = (int64_t)blockIdx.y * RANKS, at = SPLIT ? threadIdx.x : lane;
-    constexpr int STEP = (SPLIT ? BLOCK_THREADS : WARP) * LANE_COLUMNS;
+    constexpr int STEP = (SPLIT ? THREADS : WARP) * LANE_COLUMNS;
     float sum[PROJECT_ROWS][RANKS] = {};
     for (int64_t c = at * LANE_COLUMNS; c < x.columns; c += STEP) {
         float v[PROJECT_ROWS][LANE_COLUMNS], weight[RANKS][LANE_COLUMNS];
@@ -255,7 +256,7 @@ void project(cudaStream_t stream, const struct wide &x, const float *weight, int
     unsigned ranks = (unsigned)divide_up(rank, RANKS);
     if (x.rows < MANY_ROWS)
         project_kernel<T, BY_COLUMN, true>
-            <<<dim3((unsigned)divide_up(x.rows, PROJECT_ROWS), ranks), BLOCK_THREADS, 0, stream>>>(
+            <<<dim3((unsigned)divide_up(x.rows, PROJECT_ROWS), ranks), SPLIT_THREADS, 0, stream>>>(
                 x, w, d, scale, low);
     else
         project_kernel<T, BY_COLUMN, false>
