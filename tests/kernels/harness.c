@@ -254,7 +254,8 @@ static void compare_floats(const struct session *session, const struct block *bl
     double tolerance = session->act == TYPE_BF16  ? BF16_ERROR
                        : session->act == TYPE_F16 ? F16_ERROR
                                                   : block->tolerance;
-    if (!(error <= tolerance * scale || error == 0))
+    double floor = session->act == TYPE_F16 ? F16_FLOOR * (double)(block->rows * block->columns) : 0;
+    if (!(error <= tolerance * scale + floor))
         fail_msg("%s: %s has normalised error %.3g, more than %.3g", session->label, block->name,
                  error / scale, tolerance);
 }

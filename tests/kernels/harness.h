@@ -67,6 +67,8 @@ typedef void (*case_function)(struct session *session, const void *param);
 /* With activations in 16 bits, whose rounding alone gives 2^-18/3 and 2^-24/3 where every element is rounded once. */
 #define BF16_ERROR 2e-5
 #define F16_ERROR  4e-7
+/* F16's spacing near zero is 2^-24: what an element below 2^-14 loses however well it was computed, squared. */
+#define F16_FLOOR 0x1p-50
 
 /* Runs and compares as told above. `label` says which case, for the message. */
 void compare_backends(case_function function, const void *param, const char *format, ...)

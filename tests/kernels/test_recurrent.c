@@ -282,7 +282,7 @@ static void test_conv_steps(void **state)
     };
     assert_int_equal(s.ops->conv_forward(s.device, &v), KERNEL_OK);
 
-    float step_y[2 * STEP_CHANNELS];
+    float *step_y = output_floats(&s, "step_y", 2 * STEP_CHANNELS, 0);
     v.tokens = 2;
     v.seq_starts = step_starts;
     v.x_stride = STEP_TOKENS * STEP_CHANNELS;
@@ -336,7 +336,7 @@ static void test_scan_steps(void **state)
     };
     assert_int_equal(s.ops->scan_forward(s.device, &v), KERNEL_OK);
 
-    float step_y[2 * STEP_CHANNELS];
+    float *step_y = output_floats(&s, "step_y", 2 * STEP_CHANNELS, 0);
     v.tokens = 2;
     v.seq_starts = step_starts;
     v.x_stride = v.dt_stride = v.z_stride = STEP_TOKENS * STEP_CHANNELS;
