@@ -88,7 +88,8 @@ struct trainer_callbacks {
     void (*checkpoint)(void *arg, const struct training_checkpoint *checkpoint);
     /* That step's folder is gone (keep_checkpoints, or a pause's that a newer one has replaced). */
     void (*checkpoint_dropped)(void *arg, int64_t step);
-    /* While a data file is read and between layers of a micro-batch, and while waiting for the folder's lock; may be NULL. */
+    /* While a data file is read and its epochs are counted, between layers of a micro-batch, and while
+     * waiting for the folder's lock; may be NULL. */
     void (*yield)(void *arg);
 };
 
