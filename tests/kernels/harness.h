@@ -6,7 +6,7 @@
  *   - nothing outside the arrays, between strided rows, or inside inputs was written (sentinels),
  *   - every element of an output was written (outputs begin as NaN, unless they accumulate),
  *   - outputs equal the reference's: normalised error sum (a-b)^2 / sum b^2 below the array's tolerance,
- * integers exactly,
+ *     integers exactly,
  *   - the number of threads changes no bit.
  * Sentinels are NaN, so that reading one shows in the result as well. */
 #ifndef TESTS_KERNELS_HARNESS_H
