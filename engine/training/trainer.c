@@ -175,6 +175,23 @@ static int identify(struct trainer *trainer, struct error *error)
     return fingerprint_model(trainer, &identity->model, error);
 }
 
+/* A host promises more memory than it has and kills whoever takes it at its word: the worker, and with it all
+ * that it serves. So the plan is held against what is free. */
+static int check_memory(const struct trainer *trainer, struct error *error)
+{
+    const struct memory_plan *plan = &trainer->workload.plan;
+    struct kernel_device_info info;
+    int code =
+        kernel_check(trainer->ops->device_query(trainer->device, &info), "cannot query the device", error);
+    if (!code && plan->total_bytes > info.free_bytes)
+        code =
+            error_set_param(error, ERROR_NO_MEMORY, "batch_size",
+                            "the job needs %.1f MB beyond the model's weights, %.1f MB are free: a smaller "
+                            "batch_size or max_seq_len needs less",
+                            1e-6 * (double)plan->total_bytes, 1e-6 * (double)info.free_bytes);
+    return code;
+}
+
 /* The probe that a parameter belongs to; -1 for none (full fine-tuning). */
 static int probe_of(const struct trainer *trainer, const struct parameter *parameter)
 {
@@ -343,6 +360,8 @@ int trainer_open(const struct trainer_options *options, struct trainer **ret_tra
         code = take_lock(trainer, error);
     if (!code)
         code = workload_open(options, &trainer->workload, NULL, error);
+    if (!code)
+        code = check_memory(trainer, error);
     if (!code)
         code = identify(trainer, error);
     if (!code)

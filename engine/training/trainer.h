@@ -129,7 +129,7 @@ struct trainer;
  * memory (reported through message), allocate, resume. A resume_from whose folder is gone stands for the
  * newest checkpoint there is. Those newer than the one resumed from are removed; they will be made again, and
  * the steps after it are reported again in the same words. A checkpoint of another spec, model or data is
- * refused with ERROR_INVALID. */
+ * refused with ERROR_INVALID, a plan beyond the device's free memory with ERROR_NO_MEMORY. */
 int trainer_open(const struct trainer_options *options, struct trainer **ret_trainer, struct error *error);
 void trainer_close(struct trainer *trainer);
 
