@@ -224,8 +224,12 @@ void scheduler_resume_job(struct scheduler *scheduler, const char *id, scheduler
         done(arg, NULL, &problem);
         return;
     }
-    if (!wait_for(live, next, done, arg))
+    if (!wait_for(live, next, done, arg) || live->ending.status)
         return;
+    /* A pause that is not committed yet is undone: its clients get this answer. */
+    for (struct waiter *waiter = live->waiters; waiter; waiter = waiter->next)
+        if (waiter->wanted == JOB_PAUSED)
+            waiter->wanted = next;
     live_job_set_status(live, next);
     live_job_say(live, "info", "The job is resumed");
     live_job_commit(live);
