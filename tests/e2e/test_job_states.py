@@ -3,7 +3,9 @@ import http.client
 import json
 import os
 import signal
+import sqlite3
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -81,3 +83,20 @@ def test_pause_is_answered_while_the_server_stops(own_server):
     assert server.stop() == 0
     server.start()
     assert server.openai().fine_tuning.jobs.retrieve(job).status == "paused"
+
+
+def test_slow_reader_gets_a_long_history(own_server):
+    server = own_server()
+    job = create(server.openai())
+    server.openai().fine_tuning.jobs.cancel(job)
+    server.stop()
+    with sqlite3.connect(server.folder / "data/adderd.db") as store:
+        store.executemany("INSERT INTO events (job, created_at, level, type, message, data, step) VALUES (?, 1, 'info', 'message', ?, NULL, -1)",
+                          [(job, "x" * 4000)] * 8000)
+    store.close()
+    server.start()
+    with urllib.request.urlopen(f"{server.base}/v1/fine_tuning/jobs/{job}/events?stream=true", timeout=20 * PATIENCE) as stream:
+        stream.readline()
+        time.sleep(2 * PATIENCE)  # 32 MB: more than the sockets and the server hold for a reader
+        body = stream.read()
+    assert body.count(b"id: ftevent-") >= 8000 and body.endswith(b"data: [DONE]\n\n")
