@@ -8,9 +8,10 @@ import threading
 import time
 import urllib.request
 
+import openai
 import pytest
 
-from conftest import PATIENCE, upload, wait_for
+from conftest import PATIENCE, SOURCE, upload, wait_for
 
 
 @pytest.fixture
@@ -100,3 +101,13 @@ def test_slow_reader_gets_a_long_history(own_server):
         time.sleep(2 * PATIENCE)  # 32 MB: more than the sockets and the server hold for a reader
         body = stream.read()
     assert body.count(b"id: ftevent-") >= 8000 and body.endswith(b"data: [DONE]\n\n")
+
+
+def test_names_that_do_not_fit(own_server, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / ("m" * 150)).symlink_to(SOURCE / "models/hatchling")
+    client = own_server(models_dir=tmp_path / "models").openai()
+    file = upload(client)
+    with pytest.raises(openai.BadRequestError, match="suffix: "):
+        client.fine_tuning.jobs.create(model="m" * 150, training_file=file, suffix="s" * 64)
+    assert client.fine_tuning.jobs.create(model="m" * 150, training_file=file).status == "validating_files"
