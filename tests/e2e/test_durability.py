@@ -58,7 +58,6 @@ def test_killed_worker(own_server, undisturbed):
     assert any("worker died" in event.message for event in client.fine_tuning.jobs.list_events(job, limit=100))
 
 
-@pytest.mark.tsan
 def test_killed_daemon(own_server, undisturbed):
     server = own_server()
     client = server.openai()
@@ -74,6 +73,7 @@ def test_killed_daemon(own_server, undisturbed):
     assert len([model for model in client.models.list() if model.parent]) == 2
 
 
+@pytest.mark.tsan
 def test_stopped_daemon_goes_on(own_server, undisturbed):
     server = own_server()
     client = server.openai()
