@@ -2,7 +2,7 @@
  *
  * A stream first reads what is stored, page by page, then passes on what happens. It subscribes before it
  * reads: an event that becomes durable meanwhile makes it read once more, so that none is missed and none is
- * said twice. */
+ * said twice. A page is read when the client has taken the one before: a long history waits on the disk. */
 #include "daemon/handlers.h"
 
 #include "daemon/reply.h"
@@ -44,6 +44,7 @@ struct event_stream {
     int64_t last;            /* sequence of the last event that was sent */
     bool begun;              /* headers are out */
     bool reading;            /* a page is under way */
+    bool behind;             /* the next page waits for the client to take the last one */
     bool missed;             /* an event happened meanwhile */
     bool ended;              /* so did the job */
 };
@@ -101,7 +102,7 @@ static void on_event(void *arg, const struct event_resource *event)
     struct event_stream *stream = arg;
     if (!event)
         stream->ended = true;
-    if (stream->reading) {
+    if (stream->reading || stream->behind) {
         stream->missed |= event != NULL;
         return;
     }
@@ -109,6 +110,13 @@ static void on_event(void *arg, const struct event_resource *event)
         stream_end(stream);
     else if (event->sequence > stream->last && stream_event(stream, event))
         stream_abandon(stream);
+}
+
+static void on_page_taken(struct http_request *request)
+{
+    struct event_stream *stream = request->context;
+    stream->behind = false;
+    stream_read(stream);
 }
 
 static void on_page(void *arg, int code, const struct event_resource *items, size_t count, bool has_more)
@@ -139,10 +147,14 @@ static void on_page(void *arg, int code, const struct event_resource *items, siz
         }
     if (count)
         snprintf(stream->query.after, sizeof stream->query.after, "ftevent-%lld", (long long)stream->last);
-    if (!code && (has_more || stream->missed))
+    if (!code && has_more) {
+        stream->behind = true;
+        stream->request->on_drained = on_page_taken;
+    } else if (!code && stream->missed) {
         stream_read(stream);
-    else if (stream->ended || code)
+    } else if (stream->ended || code) {
         stream_end(stream);
+    }
 }
 
 static void stream_read(struct event_stream *stream)

@@ -470,6 +470,8 @@ static enum MHD_Result on_access(void *arg, struct MHD_Connection *connection, c
         end_body(exchange);
     if (exchange->response)
         return queue_response(exchange);
+    if (exchange->dead) /* there was no memory for an answer */
+        return MHD_NO;
     exchange_suspend(exchange, true);
     return MHD_YES;
 }
@@ -477,6 +479,11 @@ static enum MHD_Result on_access(void *arg, struct MHD_Connection *connection, c
 static ssize_t read_stream(struct exchange *exchange, char *bytes, size_t max)
 {
     struct buffer *stream = &exchange->stream;
+    void (*on_drained)(struct http_request *) = exchange->request.on_drained;
+    if (stream->length == exchange->stream_sent && exchange->held && on_drained) {
+        exchange->request.on_drained = NULL;
+        on_drained(&exchange->request);
+    }
     size_t n = stream->length - exchange->stream_sent;
     if (!n && exchange->ended)
         return MHD_CONTENT_READER_END_OF_STREAM;
@@ -650,8 +657,12 @@ void http_stream_begin(struct http_request *request)
 int http_stream_write(struct http_request *request, const char *data, size_t length)
 {
     struct exchange *exchange = exchange_of(request);
+    if (exchange->stream_sent > exchange->stream.length / 2) {
+        buffer_consume(&exchange->stream, exchange->stream_sent);
+        exchange->stream_sent = 0;
+    }
     buffer_append(&exchange->stream, data, length);
-    if (exchange->stream.failed || exchange->stream.length > HTTP_STREAM_LIMIT) {
+    if (exchange->stream.failed || exchange->stream.length - exchange->stream_sent > HTTP_STREAM_LIMIT) {
         exchange->dead = true;
         exchange_resume(exchange);
         hand_back(exchange);

@@ -46,7 +46,8 @@ struct http_request {
     /* The handler's. */
     void *context;
     void (*on_gone)(struct http_request *request);
-    struct idempotency *idempotency; /* reply.h */
+    void (*on_drained)(struct http_request *request); /* of a stream: once, when all of it was taken */
+    struct idempotency *idempotency;                  /* reply.h */
 };
 
 struct http_callbacks {

@@ -180,19 +180,48 @@ static void on_checkpoint(struct live_job *live, const json_t *payload)
     store_checkpoint_insert(scheduler->options.store, &checkpoint, row, on_checkpoint_written, write);
 }
 
+/* Not before: the row's own insertion, which lists it, may have been on its way. */
+static void on_checkpoint_deleted(void *arg, int code, const struct error *error)
+{
+    struct checkpoint_write *write = arg;
+    struct live_job *live = write->live;
+    (void)code, (void)error; /* one that only resumes has no such row */
+    live->writes--;
+    registry_remove(live->scheduler->options.registry, write->row.model.id);
+    free(write);
+    live_job_release(live);
+}
+
 static void on_checkpoint_dropped(struct live_job *live, const json_t *payload)
 {
-    struct scheduler *scheduler = live->scheduler;
-    int64_t step = integer_or_zero(payload, "step");
-    struct adapter_row row;
-    live_job_model_row(live, step, "", &row);
-    registry_remove(scheduler->options.registry, row.model.id);
-    store_checkpoint_delete(scheduler->options.store, live->job.id, step, NULL, NULL);
+    struct checkpoint_write *write = calloc(1, sizeof *write);
+    if (!write)
+        return; /* its folder is gone: naming it is an error, no more */
+    write->live = live;
+    live_job_model_row(live, integer_or_zero(payload, "step"), "", &write->row);
+    live->writes++;
+    store_checkpoint_delete(live->scheduler->options.store, live->job.id, write->row.step,
+                            on_checkpoint_deleted, write);
+}
+
+/* While draining, the row of a job that no client paused stays `running`, so that the next start resumes it. */
+static void on_paused(struct live_job *live, int64_t step, const json_t *reason)
+{
+    bool wanted = live_job_wants(live, JOB_PAUSED);
+    if (json_is_object(reason))
+        live_job_say(live, "warn",
+                     "No checkpoint could be written (%s): the job will go on from the last one",
+                     string_or_empty(reason, "message"));
+    if (!wanted && live->scheduler->draining)
+        return;
+    live_job_set_status(live, wanted ? JOB_PAUSED : JOB_QUEUED);
+    if (wanted)
+        live_job_say(live, "info", "The job is paused at step %lld", (long long)step);
+    live_job_commit(live);
 }
 
 static void on_ended(struct live_job *live, const json_t *payload)
 {
-    struct scheduler *scheduler = live->scheduler;
     const char *status = string_or_empty(payload, "status");
     const json_t *reason = json_object_get(payload, "error");
     live->trainer = NULL;
@@ -206,14 +235,8 @@ static void on_ended(struct live_job *live, const json_t *payload)
                      string_or_empty(reason, "message"));
     } else if (!strcmp(status, "cancelled")) {
         live_job_end(live, JOB_CANCELLED, NULL, NULL, NULL);
-    } else if (!scheduler->draining) { /* paused; while draining the row stays `running`, so that the next
-                                          start resumes it */
-        bool wanted = live_job_wants(live, JOB_PAUSED);
-        live_job_set_status(live, wanted ? JOB_PAUSED : JOB_QUEUED);
-        if (wanted)
-            live_job_say(live, "info", "The job is paused at step %lld",
-                         (long long)integer_or_zero(payload, "step"));
-        live_job_commit(live);
+    } else {
+        on_paused(live, integer_or_zero(payload, "step"), reason);
     }
 }
 

@@ -77,6 +77,14 @@ static void on_file_found(void *arg, int code, const struct file_resource *file)
     }
 }
 
+/* Is there room for the names of the adapter and of every checkpoint (live_job_model_row)? */
+static bool names_fit(const struct scheduler *scheduler, const struct job_resource *job)
+{
+    int n = snprintf(NULL, 0, "ft:%s:%s:%s:%s:ckpt-step-%lld", job->model, scheduler->options.organization,
+                     job->suffix, job->id, (long long)INT64_MAX);
+    return n >= 0 && n < MODEL_ID_BYTES;
+}
+
 void scheduler_create_job(struct scheduler *scheduler, const struct job_request *request,
                           scheduler_answer done, void *arg)
 {
@@ -117,6 +125,10 @@ void scheduler_create_job(struct scheduler *scheduler, const struct job_request 
     else if (!entry->is_base)
         creation_refuse(creation, 400, "invalid_model", "model",
                         "'%s' is itself fine-tuned; fine-tune its base, '%s'.", request->model, entry->base);
+    else if (!names_fit(scheduler, job))
+        creation_refuse(creation, 400, "name_too_long", "suffix",
+                        "suffix: the name of the fine-tuned model would be longer than %d bytes.",
+                        MODEL_ID_BYTES - 1);
     else
         store_file_get(scheduler->options.store, job->training_file, on_file_found, creation);
 }
@@ -224,8 +236,12 @@ void scheduler_resume_job(struct scheduler *scheduler, const char *id, scheduler
         done(arg, NULL, &problem);
         return;
     }
-    if (!wait_for(live, next, done, arg))
+    if (!wait_for(live, next, done, arg) || live->ending.status)
         return;
+    /* A pause that is not committed yet is undone: its clients get this answer. */
+    for (struct waiter *waiter = live->waiters; waiter; waiter = waiter->next)
+        if (waiter->wanted == JOB_PAUSED)
+            waiter->wanted = next;
     live_job_set_status(live, next);
     live_job_say(live, "info", "The job is resumed");
     live_job_commit(live);

@@ -90,6 +90,7 @@ void live_job_release(struct live_job *live)
         link = &(*link)->next;
     if (*link)
         *link = live->next;
+    live_job_close_events(live);
     job_free(&live->job);
     free(live);
 }
@@ -142,8 +143,6 @@ static void on_event_written(void *arg, int code, const struct event_resource *e
         log_write(LOG_ERROR, "an event was lost", "job", live->job.id, NULL);
     if (event)
         publish(live, event);
-    if (live->ended && !live->writes)
-        live_job_close_events(live);
     live_job_release(live);
 }
 
@@ -172,7 +171,7 @@ struct event_subscription *scheduler_subscribe(struct scheduler *scheduler, cons
                                                event_listener on_event, void *arg)
 {
     struct live_job *live = live_job_find(scheduler, job);
-    struct event_subscription *subscription = live && !live->ended ? calloc(1, sizeof *subscription) : NULL;
+    struct event_subscription *subscription = live ? calloc(1, sizeof *subscription) : NULL;
     if (!subscription)
         return NULL;
     *subscription = (struct event_subscription){
@@ -205,6 +204,13 @@ bool live_job_wants(const struct live_job *live, enum job_status status)
     return false;
 }
 
+/* Whoever resumed a job got that with any commit since, whatever the job has become meanwhile. */
+static bool is_granted(const struct live_job *live, const struct waiter *waiter)
+{
+    return live->job.status == waiter->wanted ||
+           (!live->ended && (waiter->wanted == JOB_QUEUED || waiter->wanted == JOB_VALIDATING));
+}
+
 /* After a commit: those who got what they asked for, and those who never will. */
 static void answer_waiters(struct live_job *live)
 {
@@ -212,7 +218,7 @@ static void answer_waiters(struct live_job *live)
     live->waiters = NULL;
     while (waiter) {
         struct waiter *next = waiter->next;
-        if (live->job.status == waiter->wanted) {
+        if (is_granted(live, waiter)) {
             waiter->done(waiter->arg, &live->job, NULL);
             free(waiter);
         } else if (live->ended) {
@@ -315,6 +321,7 @@ static void on_result_file(void *arg, int code, const struct file_resource *file
     struct live_job *live = arg;
     live->writes--;
     live->changes--;
+    live->ending.writing = false;
     if (code)
         log_write(LOG_ERROR, "cannot write a job's result file", "job", live->job.id, NULL);
     else
@@ -337,6 +344,10 @@ void live_job_end(struct live_job *live, enum job_status status, const char *cod
     snprintf(live->ending.code, sizeof live->ending.code, "%s", code ? code : "");
     snprintf(live->ending.param, sizeof live->ending.param, "%s", param ? param : "");
     snprintf(live->ending.message, sizeof live->ending.message, "%s", message ? message : "");
+    if (live->validator) { /* its answer is of no use any more, and would hold the memory and the streams */
+        worker_request_cancel(live->validator, live->validation);
+        live->writes--;
+    }
     live->validator = live->trainer = NULL;
     if (status != JOB_SUCCEEDED) {
         end_job_commit(live);
@@ -346,6 +357,7 @@ void live_job_end(struct live_job *live, enum job_status status, const char *cod
     char folder[sizeof row->path];
     memcpy(folder, row->path, sizeof folder);
     live_job_model_row(live, -1, folder, row);
+    live->ending.writing = true;
     live->changes++;
     live->writes++;
     store_job_update(live->scheduler->options.store, &live->job, on_metrics_committed, live);

@@ -26,8 +26,9 @@ struct live_job {
     struct job_resource job;
     char resume_from[4096];   /* newest checkpoint's folder, "" = from the start */
     bool validated, full;     /* full: adaptation "full" */
-    struct worker *validator; /* working on its validation */
-    struct worker *trainer;   /* training it, from the commit of `running` on */
+    struct worker *validator; /* working on its validation, as this request */
+    uint64_t validation;
+    struct worker *trainer; /* training it, from the commit of `running` on */
     int changes;  /* rows on their way to the store: until they are in, nothing begins and nobody is answered
                    */
     bool refused; /* the last row was not taken: it is written again by the retry timer */
@@ -39,6 +40,7 @@ struct live_job {
     int64_t writes; /* callbacks still to come: the memory stays until then */
     struct {        /* while it ends; status 0 = it does not */
         enum job_status status;
+        bool writing; /* its result file: a work thread's callback is still to come */
         char code[64], param[64], message[4096];
         struct job_resource final; /* shares the strings that job owns */
         struct adapter_row row;
@@ -70,7 +72,7 @@ int64_t live_job_now(void); /* seconds since 1970 */
 struct live_job *live_job_find(struct scheduler *scheduler, const char *id);
 /* Takes over what job owns. NULL: no memory (nothing is taken). */
 struct live_job *live_job_add(struct scheduler *scheduler, const struct job_resource *job);
-/* Free it if it has ended and no callback is to come. */
+/* If it has ended and no callback is to come, tell subscribers so and free it. */
 void live_job_release(struct live_job *live);
 void live_job_set_status(struct live_job *live, enum job_status status);
 /* The id of its adapter (step -1) or of a checkpoint. */

@@ -60,11 +60,11 @@ static void start_validation(struct live_job *live)
     struct worker *worker = scheduler_pick(live->scheduler);
     if (!worker)
         return;
-    live->validator = worker;
-    live->writes++;
-    if (!worker_request(worker, FRAME_JOB_VALIDATE, job_payload(live), job_frames_validation, live)) {
-        live->writes--;
-        live->validator = NULL;
+    live->validation =
+        worker_request(worker, FRAME_JOB_VALIDATE, job_payload(live), job_frames_validation, live);
+    if (live->validation) {
+        live->validator = worker;
+        live->writes++;
     }
 }
 
@@ -113,7 +113,7 @@ static void on_running(void *arg, int code, const struct error *error)
         else
             json_decref(payload);
         live->trainer = NULL;
-        live_job_set_status(live, JOB_QUEUED);
+        live_job_set_status(live, live_job_wants(live, JOB_PAUSED) ? JOB_PAUSED : JOB_QUEUED);
         live_job_commit(live);
         return;
     }
@@ -321,6 +321,14 @@ int scheduler_recover(struct scheduler *scheduler, struct error *error)
 void scheduler_drain(struct scheduler *scheduler)
 {
     scheduler->draining = true;
+}
+
+bool scheduler_is_settled(const struct scheduler *scheduler)
+{
+    for (const struct live_job *live = scheduler->first; live; live = live->next)
+        if (live->ending.writing)
+            return false;
+    return true;
 }
 
 static void on_retry_closed(uv_handle_t *handle)

@@ -35,6 +35,8 @@ int scheduler_recover(struct scheduler *scheduler, struct error *error);
 /* No new starts; running jobs are paused by the workers' SHUTDOWN and stay `running` in the store so that the
  * next start resumes them. */
 void scheduler_drain(struct scheduler *scheduler);
+/* Is it safe to close the store and to free the scheduler? Not while a result file is being written. */
+bool scheduler_is_settled(const struct scheduler *scheduler);
 
 /* Answers to clients. job is valid during the call; NULL with a problem. */
 typedef void (*scheduler_answer)(void *arg, const struct job_resource *job, const struct problem *problem);

@@ -221,7 +221,8 @@ static void on_stop_timer(uv_timer_t *timer)
     if (daemon->phase == ENDING_REQUESTS && (late || !http_unanswered(server->http))) {
         daemon->phase = STOPPING_WORKERS;
         worker_pool_stop(server->pool, server->config->shutdown_timeout_ms / 2, on_workers_stopped, daemon);
-    } else if (daemon->phase == FLUSHING && (late || !http_open(server->http))) {
+    } else if (daemon->phase == FLUSHING && (late || !http_open(server->http)) &&
+               scheduler_is_settled(server->scheduler)) {
         uv_timer_stop(timer);
         close_all(daemon);
     }

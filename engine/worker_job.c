@@ -98,8 +98,11 @@ void worker_job_validate(struct worker *worker, uint64_t id, const json_t *paylo
         return;
     }
     if (!(status = read_order(payload, &order, &error)) &&
-        !(status = take_model(worker, &order, &model, &error)))
+        !(status = take_model(worker, &order, &model, &error))) {
+        model->n_holders++; /* what is served meanwhile may need room */
         status = trainer_inspect(&order.options, &inspection, &bad, &error);
+        model->n_holders--;
+    }
     if (status == ERROR_DEVICE) {
         worker_fail(worker, id, &error);
         return;

@@ -137,7 +137,15 @@ void worker_stream_send(struct worker_stream *stream, enum frame_type type, uint
         json_decref(payload);
         return;
     }
-    if (frame_encode(type, id, payload, &stream->out)) {
+    int status = payload ? frame_encode(type, id, payload, &stream->out) : ERROR_NO_MEMORY;
+    if (status == ERROR_INVALID && id) {
+        /* Too long for a frame: that is the request's fault, and no reason to end. */
+        struct error error;
+        error_set(&error, ERROR_INVALID, "the answer is too long: it takes more than %d bytes",
+                  PROTOCOL_MAX_PAYLOAD);
+        status = frame_encode(FRAME_FAILED, id, frame_error_payload(&error), &stream->out);
+    }
+    if (status) {
         fail(stream, ERROR_NO_MEMORY, "a frame could not be built");
         return;
     }

@@ -28,9 +28,9 @@ int worker_stream_pump(struct worker_stream *stream);
 void worker_stream_flush(struct worker_stream *stream);
 /* The next whole frame among what has arrived: 1, 0 when there is none, or the failure. */
 int worker_stream_next(struct worker_stream *stream, struct frame *ret_frame);
-/* Queue a frame; payload is stolen (NULL = it could not be built: no memory). It leaves with the next pump,
- * at once when much has gathered; a reader that does not keep up is waited for while its own frames are taken
- * in. */
+/* Queue a frame; payload is stolen (NULL = it could not be built: no memory). An answer that is too long for
+ * a frame becomes FAILED. It leaves with the next pump, at once when much has gathered; a reader that does
+ * not keep up is waited for while its own frames are taken in. */
 void worker_stream_send(struct worker_stream *stream, enum frame_type type, uint64_t id, json_t *payload);
 /* Write everything, for at most timeout_ms. */
 void worker_stream_drain(struct worker_stream *stream, int timeout_ms);

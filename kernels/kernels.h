@@ -5,21 +5,22 @@
  *
  * Conventions
  *   - Tokens of all sequences lie back to back ("ragged", no padding anywhere): T rows in all, sequence s
- * owns rows seq_starts[s] .. seq_starts[s+1]-1 (int32, n_seqs + 1 entries, first 0, last T; host memory).
- * Recurrent ops start each sequence from its own initial state and never look across a boundary. A batch with
- * one document a row and a packed batch are the same thing here.
- *   - Row-major, channels last. A `_stride` is the distance between rows in elements, so that a slice of a
- * wider matrix (x and z inside xz, dt|B|C inside x_dbl) is passed without a copy.
- *   - Storage types: weights are F32, BF16 or F16 as their `_type` says. Activations have the type of `act`
- * (the CPU backend takes F32 alone and answers KERNEL_UNSUPPORTED otherwise). Norm weights, A, D, dt bias,
- * adapters' master copies, gradients, recurrent state and every reduction are fp32 always.
+ *     owns rows seq_starts[s] .. seq_starts[s+1]-1 (int32, n_seqs + 1 entries, first 0, last T; host
+ *     memory). Recurrent ops start each sequence from its own initial state and never look across a
+ *     boundary. A batch with one document a row and a packed batch are the same thing here.
+ *   - Row-major, channels last. A `_stride` is the distance between rows in elements, so that a slice of
+ *     a wider matrix (x and z inside xz, dt|B|C inside x_dbl) is passed without a copy.
+ *   - Storage types: weights are F32, BF16 or F16 as their `_type` says. Activations have the type of
+ *     `act` (the CPU backend takes F32 alone and answers KERNEL_UNSUPPORTED otherwise). Norm weights, A,
+ *     D, dt bias, adapters' master copies, gradients, recurrent state and every reduction are fp32
+ *     always.
  *   - "accumulates" = adds to what is there; all other outputs are overwritten. An output pointer that is
- * documented "or NULL" is skipped when NULL.
- *   - An op queues work on the device's stream and returns a status; it never exits, logs or allocates. On
- * the CPU the work is done on return. Results do not depend on the number of threads, bit for bit: reductions
- * run in a fixed order over fixed partitions.
+ *     documented "or NULL" is skipped when NULL.
+ *   - An op queues work on the device's stream and returns a status; it never exits, logs or allocates.
+ *     On the CPU the work is done on return. Results do not depend on the number of threads, bit for bit:
+ *     reductions run in a fixed order over fixed partitions.
  *   - Workspace: ops that need scratch proportional to the problem take it from the caller (`workspace`,
- * whose size the sibling *_workspace function tells). */
+ *     whose size the sibling *_workspace function tells: never less for more rows or sequences). */
 #ifndef KERNELS_KERNELS_H
 #define KERNELS_KERNELS_H
 

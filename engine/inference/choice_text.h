@@ -23,8 +23,8 @@ void choice_text_free(struct choice_text *text);
  * ERROR_NO_MEMORY. */
 int choice_text_echo(struct choice_text *text, const struct tokenizer *tokenizer, const int32_t *ids,
                      int64_t count);
-/* One generated token. Returns 1 when a stop string has appeared (ready then ends before it, and the text is
- * closed), 0, or ERROR_NO_MEMORY. */
+/* One generated token. Returns 1 when a stop string has appeared, or is this special token (ready then ends
+ * before it, and the text is closed), 0, or ERROR_NO_MEMORY. */
 int choice_text_push(struct choice_text *text, const struct tokenizer *tokenizer,
                      const struct stop_strings *stops, int32_t id);
 /* No token follows: what was held back comes out. Returns as choice_text_push. */

@@ -32,7 +32,10 @@ static int check_neutral(const json_t *json, const char *path, struct error *err
     static const char *const off[] = {
         "fan_in_fan_out",      "use_dora",        "lora_bias",         "megatron_config",
         "layers_to_transform", "exclude_modules", "target_parameters", "trainable_token_indices",
-        "modules_to_save",     "rank_pattern",    "alpha_pattern",     "alora_invocation_tokens"};
+        "modules_to_save",     "rank_pattern",    "alpha_pattern",     "alora_invocation_tokens",
+        "layer_replication",   "use_qalora"};
+    /* The others (pissa, olora, loftq ...) start from a base whose weights they change. */
+    static const char *const plain_starts[] = {"gaussian", "eva", "orthogonal"};
     for (size_t i = 0; i < sizeof off / sizeof *off; i++) {
         const json_t *value = json_object_get(json, off[i]);
         bool neutral = !value || json_is_null(value) || json_is_false(value) ||
@@ -44,6 +47,16 @@ static int check_neutral(const json_t *json, const char *path, struct error *err
     const json_t *bias = json_object_get(json, "bias");
     if (bias && (!json_is_string(bias) || strcmp(json_string_value(bias), "none")))
         return error_set_param(error, ERROR_UNSUPPORTED, "bias", "%s: bias must be \"none\"", path);
+    const json_t *start = json_object_get(json, "init_lora_weights");
+    bool plain = !json_is_string(start);
+    for (size_t i = 0; !plain && i < sizeof plain_starts / sizeof *plain_starts; i++)
+        plain = !strcmp(json_string_value(start), plain_starts[i]);
+    if (!plain)
+        return error_set_param(
+            error, ERROR_UNSUPPORTED, "init_lora_weights",
+            "%s: init_lora_weights \"%.32s\" is not supported: it changes the base model's "
+            "weights",
+            path, json_string_value(start));
     return 0;
 }
 

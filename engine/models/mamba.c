@@ -6,9 +6,10 @@
  *   xz       = rmsnorm(r) in_proj^T                            [T,2c] = x | z
  *   xc       = silu(conv(x))                                   [T,c]
  *   x_dbl    = xc x_proj^T                                     [T,R+2n] = dt_low | B | C
- *   dt       = dt_low dt_proj^T                                [T,c], its bias and softplus belong to the
- * scan y        = scan(xc, dt, A, B, C, D) * silu(z)              [T,c] output   = y out_proj^T [T,d] x, z,
- * dt_low, B and C are strided views, never copies.
+ *   dt       = dt_low dt_proj^T                                [T,c]; its bias and softplus are the scan's
+ *   y        = scan(xc, dt, A, B, C, D) * silu(z)              [T,c]
+ *   output   = y out_proj^T                                    [T,d]
+ * x, z, dt_low, B and C are strided views, never copies.
  *
  * Training keeps r, 1/rms, xz, x_dbl and a scan state every SCAN_CHUNK tokens of each layer, y only where
  * out_proj trains, and what LoRA keeps. rmsnorm(r), xc and dt cost little beside the products and are
@@ -82,10 +83,10 @@ static int parse_config(const json_t *json, struct model_config *ret_config, str
     return 0;
 }
 
-/* ---- tensors ----
- *
- * Index 0: the embeddings; then each layer's, those that every config has first; norm_f; the head of its own.
- */
+/* ---- tensors ---- */
+
+/* Index 0: the embeddings; then each layer's, those that every config has first; norm_f; the head of its
+ * own. */
 
 enum layer_tensor {
     NORM,

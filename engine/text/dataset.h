@@ -74,7 +74,7 @@ void dataset_free(struct dataset *dataset);
  * - plain: "system: S\nuser: U\nassistant:| A", a turn a line.
  *
  * - chatml:
- * "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n|A<|im_end|>";
+ *   "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n|A<|im_end|>";
  *   "\n" follows before the next turn.
  *
  * - alpaca: "S\n\n### Instruction:\nU\n\n### Response:\n|A"; "\n\n" follows before the next turn. S, when no

@@ -2,10 +2,11 @@
  * thread.
  *
  * FOLDER/step-N/
- *   adapter_config.json, adapter_model.safetensors    what adapter_save writes: the checkpoint is servable as
- * it is (model.safetensors and its companions under `full`) optimizer.safetensors fp32: "param.NAME",
- * "m.NAME", "v.NAME" of every parameter trainer_state.json                                struct
- * training_state, whose run it is, a hash of the above
+ *   adapter_config.json, adapter_model.safetensors   what adapter_save writes: the checkpoint is servable as
+ *                                                    it is (model.safetensors and companions under `full`)
+ *   optimizer.safetensors                            fp32: "param.NAME", "m.NAME", "v.NAME" of each parameter
+ *   trainer_state.json                               struct training_state, whose run it is, a hash of the
+ *                                                    above
  *
  * A checkpoint is made in a hidden sibling, synced and renamed; names that begin with a dot are debris of a
  * crash. */

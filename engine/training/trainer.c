@@ -78,6 +78,8 @@ struct trainer {
     struct partial_step partial;
     struct evaluation evaluation;
     struct checkpoint_list checkpoints;
+    /* best_step as the newest checkpoint has it: a run that goes on from there will ask for that one. */
+    int64_t kept_best_step;
     bool finished;
     int failed; /* the error that ended the run */
 
@@ -171,6 +173,23 @@ static int identify(struct trainer *trainer, struct error *error)
     identity->training_data = fingerprint_dataset(trainer->workload.training);
     identity->validation_data = fingerprint_dataset(trainer->workload.validation);
     return fingerprint_model(trainer, &identity->model, error);
+}
+
+/* A host promises more memory than it has and kills whoever takes it at its word: the worker, and with it all
+ * that it serves. So the plan is held against what is free. */
+static int check_memory(const struct trainer *trainer, struct error *error)
+{
+    const struct memory_plan *plan = &trainer->workload.plan;
+    struct kernel_device_info info;
+    int code =
+        kernel_check(trainer->ops->device_query(trainer->device, &info), "cannot query the device", error);
+    if (!code && plan->total_bytes > info.free_bytes)
+        code =
+            error_set_param(error, ERROR_NO_MEMORY, "batch_size",
+                            "the job needs %.1f MB beyond the model's weights, %.1f MB are free: a smaller "
+                            "batch_size or max_seq_len needs less",
+                            1e-6 * (double)plan->total_bytes, 1e-6 * (double)info.free_bytes);
+    return code;
 }
 
 /* The probe that a parameter belongs to; -1 for none (full fine-tuning). */
@@ -290,6 +309,7 @@ static int resume(struct trainer *trainer, const char *resume_from, struct error
     if (code)
         return code;
     trainer->state = state;
+    trainer->kept_best_step = state.best_step;
     say(trainer, "info", "resumed at step %" PRId64 " of %" PRId64, state.step,
         trainer->workload.total_steps);
     return 0;
@@ -340,6 +360,8 @@ int trainer_open(const struct trainer_options *options, struct trainer **ret_tra
         code = take_lock(trainer, error);
     if (!code)
         code = workload_open(options, &trainer->workload, NULL, error);
+    if (!code)
+        code = check_memory(trainer, error);
     if (!code)
         code = identify(trainer, error);
     if (!code)
@@ -433,7 +455,8 @@ static struct checkpoint_entry *find_entry(const struct trainer *trainer, int64_
     return NULL;
 }
 
-/* Remove all but the newest keep_checkpoints, the newest of any kind and the best. */
+/* Remove all but the newest keep_checkpoints, the newest of any kind and the best: also the one that was the
+ * best when the newest was written, which is where a run goes on that ends before the next. */
 static int drop_checkpoints(struct trainer *trainer, struct error *error)
 {
     struct checkpoint_list *list = &trainer->checkpoints;
@@ -444,8 +467,8 @@ static int drop_checkpoints(struct trainer *trainer, struct error *error)
         bool wanted = !entry.resumable_only &&
                       (!trainer->spec.keep_checkpoints || kept < trainer->spec.keep_checkpoints);
         kept += wanted;
-        if (wanted || i == list->count - 1 ||
-            (trainer->spec.load_best_at_end && entry.step == trainer->state.best_step))
+        bool best = entry.step == trainer->state.best_step || entry.step == trainer->kept_best_step;
+        if (wanted || i == list->count - 1 || (trainer->spec.load_best_at_end && best))
             continue;
         checkpoint_path(trainer->checkpoints_folder, entry.step, path);
         int code = file_remove_tree(path, error);
@@ -501,6 +524,7 @@ static int write_checkpoint(struct trainer *trainer, struct error *error)
     if (!entry)
         entry = &list->entries[list->count++];
     *entry = (struct checkpoint_entry){state->step, resumable_only};
+    trainer->kept_best_step = state->best_step;
     if (!trainer->callbacks.checkpoint)
         return 0;
     checkpoint_path(trainer->checkpoints_folder, state->step, path);

@@ -88,7 +88,8 @@ struct trainer_callbacks {
     void (*checkpoint)(void *arg, const struct training_checkpoint *checkpoint);
     /* That step's folder is gone (keep_checkpoints, or a pause's that a newer one has replaced). */
     void (*checkpoint_dropped)(void *arg, int64_t step);
-    /* While a data file is read and between layers of a micro-batch, and while waiting for the folder's lock; may be NULL. */
+    /* While a data file is read and its epochs are counted, between layers of a micro-batch, and while
+     * waiting for the folder's lock; may be NULL. */
     void (*yield)(void *arg);
 };
 
@@ -128,7 +129,7 @@ struct trainer;
  * memory (reported through message), allocate, resume. A resume_from whose folder is gone stands for the
  * newest checkpoint there is. Those newer than the one resumed from are removed; they will be made again, and
  * the steps after it are reported again in the same words. A checkpoint of another spec, model or data is
- * refused with ERROR_INVALID. */
+ * refused with ERROR_INVALID, a plan beyond the device's free memory with ERROR_NO_MEMORY. */
 int trainer_open(const struct trainer_options *options, struct trainer **ret_trainer, struct error *error);
 void trainer_close(struct trainer *trainer);
 

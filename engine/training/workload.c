@@ -68,9 +68,10 @@ done:
 }
 
 /* An epoch's last step takes the micro-batches that are left, however few: none is carried over. */
-static int count_steps(const struct training_spec *spec, struct dataset *training, int64_t *ret_steps,
+static int count_steps(const struct trainer_options *options, struct dataset *training, int64_t *ret_steps,
                        struct error *error)
 {
+    const struct training_spec *spec = &options->spec;
     int64_t steps = 0, per_epoch = 0;
     for (int64_t epoch = 0; epoch < spec->n_epochs && !spec->max_steps; epoch++) {
         if (epoch == 0 || spec->packing) /* how bins fill depends on the epoch's order */
@@ -78,6 +79,8 @@ static int count_steps(const struct training_spec *spec, struct dataset *trainin
                                                   spec->packing, spec->max_seq_len);
         if (per_epoch < 0)
             return error_set(error, (int)per_epoch, "cannot lay out the training data");
+        if (spec->packing && options->callbacks.yield)
+            options->callbacks.yield(options->callbacks.arg);
         steps += (per_epoch + spec->gradient_accumulation_steps - 1) / spec->gradient_accumulation_steps;
     }
     *ret_steps = spec->max_steps ? spec->max_steps : steps;
@@ -120,7 +123,7 @@ int workload_open(const struct trainer_options *options, struct workload *ret_wo
     if (!code && workload.validation)
         code = include_batches(spec, workload.validation, &workload, error);
     if (!code)
-        code = count_steps(spec, workload.training, &workload.total_steps, error);
+        code = count_steps(options, workload.training, &workload.total_steps, error);
     if (!code) {
         const struct plan_request request = {spec->adaptation, spec->lora, workload.max_tokens,
                                              workload.max_seqs};

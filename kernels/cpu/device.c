@@ -80,8 +80,8 @@ int cpu_device_query(struct kernel_device *device, struct kernel_device_info *re
     return KERNEL_OK;
 }
 
-/* The padding lets a vector load that starts inside the last line stay inside the allocation. Large blocks ask for large pages: weights that stream
- * by in decoding are read a third faster so. */
+/* The padding lets a vector load that starts inside the last line stay inside the allocation. Large blocks
+ * ask for large pages: weights that stream by in decoding are read a third faster so. */
 static void *alloc_aligned(size_t bytes)
 {
     size_t alignment = bytes >= 2 * (size_t)LARGE_PAGE ? LARGE_PAGE : ALIGNMENT;

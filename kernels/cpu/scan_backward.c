@@ -2,11 +2,15 @@
  * on its pool.
  *
  * With v = dt + dt_bias, delta = softplus(v), E = exp(delta A), p = C.h + D x (before the gate) and the
- * gradient g_p = g_y silu(z), walking back from the last token with G = gradient of h[t] from t on: G[n] +=
- * C[n] g_p            dC[n] = sum over channels of g_p h[n] dB[n] = sum over channels of G[n] delta x dx = D
- * g_p + delta sum_n G[n] B[n] ddelta = x sum_n G[n] B[n] + sum_n G[n] E[n] h[t-1,n] A[n] dA[n] += G[n] E[n]
- * h[t-1,n] delta G[n] *= E[n]                (handed to t-1) ddt = ddelta sigmoid(v),  dz = g_y p silu'(z),
- * dA_log = dA A.
+ * gradient g_p = g_y silu(z), walking back from the last token with G = gradient of h[t] from t on:
+ *   G[n]   += C[n] g_p
+ *   dC[n]   = sum over channels of g_p h[n]
+ *   dB[n]   = sum over channels of G[n] delta x
+ *   dx      = D g_p + delta sum_n G[n] B[n]
+ *   ddelta  = x sum_n G[n] B[n] + sum_n G[n] E[n] h[t-1,n] A[n]
+ *   dA[n]  += G[n] E[n] h[t-1,n] delta
+ *   G[n]   *= E[n]                                            (handed to t-1)
+ *   ddt     = ddelta sigmoid(v),  dz = g_y p silu'(z),  dA_log = dA A.
  *
  * A vector holds neighbouring channels, as in scan.c. For each chunk, last first, one sweep forward from the
  * chunk's state fills a trace (E and E h[t-1] of every step: 128 KiB at d_state 16, second-level cache) and
@@ -240,8 +244,7 @@ static void backward_task(void *arg, int64_t index, int thread)
     }
 }
 
-/* ---- the second region: sums over blocks of channels for some tokens, or over groups for some channels ----
- */
+/* ---- the second region: sums over blocks of channels for some tokens, over groups for some channels ---- */
 
 static void sum_tokens(const struct backward *p, int64_t t)
 {
@@ -301,7 +304,9 @@ int64_t CPU_NAME(cpu_scan_backward_workspace)(int64_t tokens, int64_t channels, 
 {
     struct backward p = {0};
     partition(&p, channels, n_seqs);
-    int64_t floats = p.blocks * tokens * 2 * d_state + p.groups * (d_state + 2) * channels;
+    /* 17 sequences make fewer groups than 16 do: what is planned for many must do for fewer. */
+    int64_t groups = at_most(n_seqs, GROUPS_MOST);
+    int64_t floats = p.blocks * tokens * 2 * d_state + groups * (d_state + 2) * channels;
     return floats * (int64_t)sizeof(float);
 }
 

@@ -4,13 +4,14 @@
  * one microsecond, and an idle daemon must cost nothing. Hence:
  *
  *   - All that workers look at is one 64-bit ticket: the number of the region and the range of tasks not yet
- * claimed. A thread claims a task by a compare-and-swap that takes one off, the owner at the front, workers at
- * the back: so neighbouring tasks, and from one region to the next the same tasks, mostly fall to the same
- * thread, whose caches hold what they need; yet whoever is done early takes what is left. Whoever holds a claim
- * knows that the region cannot end before it is done, so the region's plain fields (task, arg) are stable while
- * it reads them. The region's number keeps a thread with an old ticket from claiming in a new region.
+ *     claimed. A thread claims a task by a compare-and-swap that takes one off, the owner at the front,
+ *     workers at the back: so neighbouring tasks, and from one region to the next the same tasks, mostly fall
+ *     to the same thread, whose caches hold what they need; yet whoever is done early takes what is left.
+ *     Whoever holds a claim knows that the region cannot end before it is done, so the region's plain fields
+ *     (task, arg) are stable while it reads them. The region's number keeps a thread with an old ticket from
+ *     claiming in a new region.
  *   - The owner does not wait for workers to arrive, only for claimed tasks to finish. A worker that was
- * asleep or preempted costs nothing but its help: the owner takes the tasks itself.
+ *     asleep or preempted costs nothing but its help: the owner takes the tasks itself.
  *   - A worker without work spins for SPIN_NS, which bridges the gaps inside a token, then sleeps on a futex.
  *     Sleepers are counted, so that no system call is made while all are awake. */
 #include "kernels/cpu/threads.h"

@@ -330,6 +330,13 @@ static void test_texts_and_tokens(void **state)
     json_decref(back);
     json_decref(tokens);
 
+    /* An answer that fits no frame is refused, and the worker lives on. */
+    json_t *many = json_array();
+    for (int i = 0; i < PROTOCOL_MAX_PAYLOAD / 12; i++)
+        json_array_append_new(many, json_integer(0)); /* <|endoftext|>, 13 bytes */
+    peer_send(&peer, FRAME_DETOKENIZE, 5, json_pack("{s:o, s:o}", "model", model_json(), "tokens", many));
+    expect_failed(&peer, 5, "invalid", NULL);
+
     peer_send(&peer, FRAME_DETOKENIZE, 3, json_pack("{s:o, s:[i]}", "model", model_json(), "tokens", 8192));
     expect_failed(&peer, 3, "invalid", "tokens");
     peer_send(&peer, FRAME_TOKENIZER_INFO, 4, json_pack("{s:o}", "model", model_json()));

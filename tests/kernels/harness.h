@@ -6,7 +6,7 @@
  *   - nothing outside the arrays, between strided rows, or inside inputs was written (sentinels),
  *   - every element of an output was written (outputs begin as NaN, unless they accumulate),
  *   - outputs equal the reference's: normalised error sum (a-b)^2 / sum b^2 below the array's tolerance,
- * integers exactly,
+ *     integers exactly,
  *   - the number of threads changes no bit.
  * With ADDERD_TEST_CUDA=1 the CUDA backend takes the CPU's place (mirror.h): with activations of each type, inputs
  * rounded to it for the reference as well, and twice, which must give the same bits. Tolerances there: the array's own

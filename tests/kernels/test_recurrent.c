@@ -221,6 +221,21 @@ static void test_scan_backward(void **state)
     sweep(scan_backward_case, "scan_backward", (const int64_t[]){16, 5, 8});
 }
 
+/* What is planned for a batch is enough for every smaller one. */
+static void test_scan_backward_workspace(void **state)
+{
+    (void)state;
+    const struct kernel_ops *backends[] = {kernels_reference(), kernels_cpu()};
+    for (int b = 0; b < 2; b++) {
+        int64_t before = 0;
+        for (int32_t n_seqs = 1; n_seqs <= 100; n_seqs++) {
+            int64_t bytes = backends[b]->scan_backward_workspace(500, 50, 16, n_seqs);
+            assert_true(bytes >= before);
+            before = bytes;
+        }
+    }
+}
+
 struct prepare_case {
     int64_t channels, d_state;
 };
@@ -362,9 +377,13 @@ static void test_scan_steps(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_conv_forward), cmocka_unit_test(test_conv_backward),
-        cmocka_unit_test(test_scan_forward), cmocka_unit_test(test_scan_backward),
-        cmocka_unit_test(test_scan_prepare), cmocka_unit_test(test_conv_steps),
+        cmocka_unit_test(test_conv_forward),
+        cmocka_unit_test(test_conv_backward),
+        cmocka_unit_test(test_scan_forward),
+        cmocka_unit_test(test_scan_backward),
+        cmocka_unit_test(test_scan_backward_workspace),
+        cmocka_unit_test(test_scan_prepare),
+        cmocka_unit_test(test_conv_steps),
         cmocka_unit_test(test_scan_steps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

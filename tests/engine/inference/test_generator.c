@@ -291,6 +291,28 @@ static void test_end_of_text(void **state)
     answer_free(&answer);
 }
 
+/* A stop string that is a special token, as a chat form's may be, though the text does not show it. */
+static void test_a_special_token_stops(void **state)
+{
+    struct fixture *fixture = *state;
+    static const char *const list[] = {"never in the text", "<|padding|>"};
+    struct logit_bias bias = {.id = tokenizer_find(fixture->tokenizer, list[1]), .bias = 1000};
+    struct generation_params params = fixture_params(5);
+    params.bias = &bias;
+    params.n_bias = 1;
+    for (int n_stop = 1; n_stop <= 2; n_stop++) {
+        struct answer answer = {0};
+        params.stop = list;
+        params.n_stop = n_stop;
+        fixture_submit(fixture, prompts[2], 1, &params, true, &answer);
+        fixture_run(fixture);
+        assert_string_equal(answer_text(&answer, 0), "");
+        assert_int_equal(answer.choices[0].finish, n_stop == 2 ? FINISH_STOP : FINISH_LENGTH);
+        assert_int_equal(answer.completion_tokens, n_stop == 2 ? 1 : 5);
+        answer_free(&answer);
+    }
+}
+
 /* A character of four bytes comes token by token; nothing broken is ever shown. */
 static void test_characters_are_shown_whole(void **state)
 {
@@ -537,6 +559,7 @@ int main(void)
         cmocka_unit_test(test_samples_differ_from_each_other_and_come_again),
         cmocka_unit_test(test_stop_strings_across_tokens),
         cmocka_unit_test(test_end_of_text),
+        cmocka_unit_test(test_a_special_token_stops),
         cmocka_unit_test(test_characters_are_shown_whole),
         cmocka_unit_test(test_an_empty_prompt_begins_a_text),
         cmocka_unit_test(test_cancel_at_any_moment),

@@ -205,6 +205,8 @@ static void test_refused_configs(void **state)
         {"alpha_pattern", "{\"in_proj\":4}", ERROR_UNSUPPORTED},
         {"modules_to_save", "[\"lm_head\"]", ERROR_UNSUPPORTED},
         {"layers_to_transform", "[0]", ERROR_UNSUPPORTED},
+        {"layer_replication", "[[0,1],[0,1]]", ERROR_UNSUPPORTED},
+        {"init_lora_weights", "\"pissa\"", ERROR_UNSUPPORTED},
     };
     struct model *model = tiny(state);
     const struct lora_config lora = {.targets = TARGETS_DEFAULT, .rank = 2, .alpha = 2};

@@ -306,21 +306,16 @@ static void test_finished_twice(void **unused)
     free(log);
 }
 
-/* A disk that is full when the second checkpoint is due: the first stays, and nothing of the second. */
-static void test_disk_full(void **unused)
+/* Run until n_checkpoints have been reported; the disk is full when the next one is due. */
+static void run_into_full_disk(const struct trainer_options *options, const struct run_log *log,
+                               int n_checkpoints)
 {
-    (void)unused;
-    struct run_log *log = calloc(1, sizeof *log);
-    struct trainer_options options = tiny_options(&tiny);
     struct trainer *trainer = NULL;
     struct error error = {0};
     struct rlimit kept, small;
-    char folder[512];
     int code = TRAINER_MORE;
-    options.spec.checkpoint_steps = 2;
-    run_log_attach(log, &options);
-    assert_int_equal(trainer_open(&options, &trainer, &error), 0);
-    while (!log->n_checkpoints)
+    assert_int_equal(trainer_open(options, &trainer, &error), 0);
+    while (log->n_checkpoints < n_checkpoints)
         assert_int_equal(trainer_advance(trainer, &error), TRAINER_MORE);
     signal(SIGXFSZ, SIG_IGN);
     assert_int_equal(getrlimit(RLIMIT_FSIZE, &kept), 0);
@@ -332,11 +327,45 @@ static void test_disk_full(void **unused)
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &kept), 0);
     trainer_close(trainer);
     assert_int_equal(code, ERROR_IO);
+}
+
+/* A disk that is full when the second checkpoint is due: the first stays, and nothing of the second. */
+static void test_disk_full(void **unused)
+{
+    (void)unused;
+    struct run_log *log = calloc(1, sizeof *log);
+    struct trainer_options options = tiny_options(&tiny);
+    char folder[512];
+    options.spec.checkpoint_steps = 2;
+    run_log_attach(log, &options);
+    run_into_full_disk(&options, log, 1);
     snprintf(folder, sizeof folder, "%s/checkpoints", tiny.job);
     assert_int_equal(count_entries(folder), 1);
     assert_true(path_exists("%s/step-2", folder));
     options.resume_from = log->newest;
     run_whole(&options);
+    free(log);
+}
+
+/* The old best is not dropped before the new one is whole: the checkpoint in between still names it. */
+static void test_best_lost_on_the_way(void **unused)
+{
+    (void)unused;
+    struct run_log *log = calloc(1, sizeof *log);
+    struct trainer_options options = tiny_options(&tiny);
+    options.spec.eval_steps = 2;
+    options.spec.checkpoint_steps = 1;
+    options.spec.keep_checkpoints = 1;
+    options.spec.load_best_at_end = true;
+    run_log_attach(log, &options);
+    run_into_full_disk(&options, log, 3);
+    assert_true(log->checkpoints[1].best && log->metrics[4].valid_loss < log->metrics[2].valid_loss);
+    assert_true(path_exists("%s/checkpoints/step-2", tiny.job));
+    char newest[4096];
+    snprintf(newest, sizeof newest, "%s", log->newest);
+    options.resume_from = newest;
+    run_whole(&options);
+    assert_false(path_exists("%s/checkpoints/step-2", tiny.job));
     free(log);
 }
 
@@ -371,7 +400,7 @@ int main(void)
         cmocka_unit_test(test_other_run),      cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_debris),         cmocka_unit_test(test_superseded),
         cmocka_unit_test(test_finished_twice), cmocka_unit_test(test_lock),
-        cmocka_unit_test(test_disk_full),
+        cmocka_unit_test(test_disk_full),      cmocka_unit_test(test_best_lost_on_the_way),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

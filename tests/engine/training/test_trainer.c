@@ -460,6 +460,31 @@ static void test_inspection(void **unused)
     }
 }
 
+static int query_a_poor_device(struct kernel_device *device, struct kernel_device_info *ret_info)
+{
+    int status = kernels_cpu()->device_query(device, ret_info);
+    ret_info->free_bytes = 4096;
+    return status;
+}
+
+/* A job that does not fit is refused by its plan, before it takes what is not there. */
+static void test_too_little_memory(void **unused)
+{
+    (void)unused;
+    struct trainer_options options = tiny_options(&tiny);
+    struct kernel_ops ops = *kernels_cpu();
+    struct trainer *trainer = NULL;
+    struct error error = {0};
+    char folder[512];
+    ops.device_query = query_a_poor_device;
+    snprintf(folder, sizeof folder, "%s/model", tiny.folder);
+    assert_int_equal(model_open(folder, &ops, tiny.device, &options.model, &error), 0);
+    assert_int_equal(trainer_open(&options, &trainer, &error), ERROR_NO_MEMORY);
+    assert_string_equal(error.param, "batch_size");
+    assert_null(trainer);
+    model_close(options.model);
+}
+
 static void test_dead_adapter(void **unused)
 {
     (void)unused;
@@ -509,6 +534,7 @@ int main(void)
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_bad_lines),
         cmocka_unit_test(test_inspection),
+        cmocka_unit_test(test_too_little_memory),
         cmocka_unit_test(test_dead_adapter),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
