@@ -418,8 +418,8 @@ static int open_device(struct worker *worker, struct error *error)
         return error_set_param(error, ERROR_UNSUPPORTED, "device", "this build has no CUDA backend");
     int status = worker->ops->device_open(index, worker->options->threads, &worker->device);
     if (status == KERNEL_UNSUPPORTED)
-        return error_set(error, ERROR_DEVICE, "device %s does not open: no NVIDIA driver, or one too old",
-                         name);
+        return error_set(error, ERROR_DEVICE,
+                         "device %s does not open: no NVIDIA driver (or one too old), or no cuBLAS", name);
     if (status == KERNEL_INVALID)
         return error_set(error, ERROR_DEVICE, "device %s does not open: there is no such GPU", name);
     if (status == KERNEL_OK)

@@ -43,12 +43,26 @@ struct cuda_staging {
     cudaEvent_t copied; /* recorded when the half was left */
 };
 
+/* What is used of cuBLAS; blas.cu. */
+struct cuda_blas {
+    decltype(&cublasCreate_v2) create;
+    decltype(&cublasDestroy_v2) destroy;
+    decltype(&cublasSetStream_v2) set_stream;
+    decltype(&cublasSetWorkspace_v2) set_workspace;
+    decltype(&cublasSetAtomicsMode) set_atomics_mode;
+    decltype(&cublasSetMathMode) set_math_mode;
+    decltype(&cublasGemmEx_64) gemm_ex;
+};
+/* KERNEL_UNSUPPORTED where the library is not installed. */
+int cuda_blas_load(const struct cuda_blas **ret_blas);
+
 struct kernel_device {
     int index;
     int status; /* KERNEL_DEVICE_LOST for good once a call says so */
     int multiprocessors;
     int shared_bytes; /* most that a block can opt in to */
     cudaStream_t stream;
+    const struct cuda_blas *cublas;
     cublasHandle_t blas;
     void *blas_workspace; /* fixed, so that cuBLAS chooses and sums the same way every time */
     struct cuda_staging staging[2];

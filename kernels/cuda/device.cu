@@ -93,16 +93,19 @@ static int open_parts(struct kernel_device *device)
     if (status == KERNEL_OK)
         status = cuda_check(device, cudaMalloc(&device->blas_workspace, BLAS_WORKSPACE_BYTES));
     if (status == KERNEL_OK)
-        status = cuda_check_blas(device, cublasCreate(&device->blas));
+        status = cuda_blas_load(&device->cublas);
     if (status == KERNEL_OK)
-        status = cuda_check_blas(device, cublasSetStream(device->blas, device->stream));
+        status = cuda_check_blas(device, device->cublas->create(&device->blas));
     if (status == KERNEL_OK)
-        status = cuda_check_blas(
-            device, cublasSetWorkspace(device->blas, device->blas_workspace, BLAS_WORKSPACE_BYTES));
+        status = cuda_check_blas(device, device->cublas->set_stream(device->blas, device->stream));
     if (status == KERNEL_OK)
-        status = cuda_check_blas(device, cublasSetAtomicsMode(device->blas, CUBLAS_ATOMICS_NOT_ALLOWED));
+        status = cuda_check_blas(device, device->cublas->set_workspace(device->blas, device->blas_workspace,
+                                                                       BLAS_WORKSPACE_BYTES));
     if (status == KERNEL_OK)
-        status = cuda_check_blas(device, cublasSetMathMode(device->blas, CUBLAS_DEFAULT_MATH));
+        status = cuda_check_blas(device,
+                                 device->cublas->set_atomics_mode(device->blas, CUBLAS_ATOMICS_NOT_ALLOWED));
+    if (status == KERNEL_OK)
+        status = cuda_check_blas(device, device->cublas->set_math_mode(device->blas, CUBLAS_DEFAULT_MATH));
     return status;
 }
 
@@ -143,7 +146,7 @@ void cuda_device_close(struct kernel_device *device)
     if (device->stream != NULL)
         (void)cudaStreamSynchronize(device->stream);
     if (device->blas != NULL)
-        (void)cublasDestroy(device->blas);
+        (void)device->cublas->destroy(device->blas);
     (void)cudaFree(device->blas_workspace);
     for (int i = 0; i < 2; i++) {
         staging_free(&device->staging[i]);

@@ -24,7 +24,8 @@ static int multiply(struct kernel_device *device, const struct gemm_args *g, int
     cudaDataType_t type = blas_type(g->act);
     char *c = (char *)g->c + first * (int64_t)kernel_type_size(g->act);
     return cuda_check_blas(
-        device, cublasGemmEx_64(device->blas, g->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+        device,
+        device->cublas->gemm_ex(device->blas, g->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                                 g->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, n, g->m, g->k, &g->alpha, b, type,
                                 at_least_one(b_stride), g->a, type, at_least_one(g->a_stride), &g->beta, c,
                                 type, at_least_one(g->c_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
@@ -56,7 +57,7 @@ static int convert_panel(struct kernel_device *device, void *to, enum kernel_typ
 static int multiply_converted(struct kernel_device *device, const struct gemm_args *g)
 {
     int64_t width = PANEL_ELEMENTS / at_least_one(g->k) / PANEL_ALIGNMENT * PANEL_ALIGNMENT;
-    width = width < PANEL_ALIGNMENT ? PANEL_ALIGNMENT : width;
+    width = width < PANEL_ALIGNMENT ? (int64_t)PANEL_ALIGNMENT : width;
     width = width < g->n ? width : g->n;
     void *panel = NULL;
     int status = cuda_scratch(device, CUDA_SCRATCH_GEMM,

@@ -163,11 +163,11 @@ int product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struc
             enum kernel_type type, void *c, enum kernel_type c_type, float beta)
 {
     const float alpha = 1.0f;
-    return cuda_check_blas(device,
-                           cublasGemmEx_64(device->blas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                           a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, &alpha, b.p,
-                                           blas_type(type), b.stride, a.p, blas_type(type), a.stride, &beta,
-                                           c, blas_type(c_type), n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    return cuda_check_blas(
+        device, device->cublas->gemm_ex(device->blas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, &alpha, b.p,
+                                        blas_type(type), b.stride, a.p, blas_type(type), a.stride, &beta, c,
+                                        blas_type(c_type), n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 /* weight: of the type of the activations. */
