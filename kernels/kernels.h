@@ -60,8 +60,8 @@ struct kernel_device_info {
 
 /* C[M,N] = alpha * op(A) op(B) + beta * C. op(A) is [M,K], op(B) is [K,N].
  * A linear layer y = x W^T with W [out,in]: A = x, B = W, transpose_b. Its input gradient: A = dy, B = W. Its
- * weight gradient: A = dy, transpose_a, B = x, beta = 1. A and C have type `act`, B has b_type. beta 0
- * ignores C's content. */
+ * weight gradient: A = dy, transpose_a, B = x, beta = 1, C in fp32 whatever the activations are. A has type
+ * `act`, B b_type, C c_type (F32, or `act`). Sums are fp32. beta 0 ignores C's content. */
 struct gemm_args {
     int64_t m, n, k;
     bool transpose_a, transpose_b;
@@ -72,7 +72,8 @@ struct gemm_args {
     int64_t b_stride;
     void *c; /* [M,N] */
     int64_t c_stride;
-    enum kernel_type act, b_type;
+    enum kernel_type act, b_type, c_type;
+    bool tf32; /* F32 operands may be rounded to TF32's 10 bits of mantissa; the CPU does not */
 };
 
 /* Low-rank path of one linear layer: y += scale * (dropout(x) A^T) B^T, accumulating into y, which already
@@ -109,6 +110,51 @@ struct lora_backward_args {
     float *db; /* [out,rank] accumulates */
     float *du; /* [rows,rank] scratch */
     enum kernel_type act;
+};
+
+/* One linear layer with whatever adapts it (Hu et al. 2021, eq. 3):
+ *   y = x W^T + bias + scale * (dropout(x) A^T) B^T
+ * Dropout keeps an element with probability 1 - p and divides by 1 - p; its mask is philox_uniform(seed, offset
+ * + row * in + column) >= p, so it can be replayed in the backward and after a restart. */
+struct linear_layer {
+    int64_t in, out;
+    const void *weight; /* [out,in] */
+    enum kernel_type weight_type;
+    const float *bias;  /* [out] or NULL */
+    int64_t rank;       /* 0: no adapter, and the rest is not read */
+    const float *a, *b; /* [rank,in] and [out,rank] */
+    float scale, dropout;
+    uint64_t seed, offset;
+};
+struct linear_forward_args {
+    struct linear_layer layer;
+    int64_t rows;
+    const void *x; /* [rows,in] */
+    int64_t x_stride;
+    void *u; /* [rows,rank] out: dropout(x) A^T, kept for the backward */
+    void *y; /* [rows,out] */
+    int64_t y_stride;
+    enum kernel_type act; /* of x, u and y */
+    bool tf32;
+    void *workspace;
+};
+struct linear_backward_args {
+    struct linear_layer layer;
+    int64_t rows;
+    const void *x; /* [rows,in]; read for the gradients of weights and adapter alone */
+    int64_t x_stride;
+    const void *dy; /* [rows,out] */
+    int64_t dy_stride;
+    const void *u; /* from the forward */
+    void *dx;      /* [rows,in] or NULL */
+    int64_t dx_stride;
+    bool accumulate; /* dx += instead of = */
+    float *dweight;  /* [out,in] accumulates, or NULL */
+    float *dbias;    /* [out] accumulates, or NULL */
+    float *da, *db;  /* as A and B, accumulate; both NULL or neither */
+    enum kernel_type act;
+    bool tf32;
+    void *workspace;
 };
 
 /* ---- token embedding ---- */
@@ -262,6 +308,8 @@ struct scan_backward_args {
     float *da_log;   /* [channels,d_state] accumulates (gradient of A_log itself), or NULL */
     float *dd;       /* [channels] accumulates, or NULL */
     float *ddt_bias; /* [channels] accumulates, or NULL */
+    void *y;         /* [tokens,channels]: the forward's output once more, or NULL */
+    int64_t y_stride;
     void *workspace;
     enum kernel_type act;
 };
@@ -304,6 +352,8 @@ struct param_slice {
     float *param, *m, *v; /* master weights and moments, fp32 */
     float *grad;
     bool decay; /* weight decay applies (matrices, not norms and biases) */
+    void *copy; /* the parameters in the type that passes compute with, written by every update; or NULL */
+    enum kernel_type copy_type;
 };
 /* Loshchilov and Hutter 2019 (decoupled decay), bias-corrected as in Adam. Gradients are multiplied by
  * grad_scale first (1/accumulation x clip). All slices in one call. Zeroes the gradients when it is done. */
@@ -384,6 +434,10 @@ struct kernel_ops {
     int (*gemm)(struct kernel_device *, const struct gemm_args *);
     int (*lora_forward)(struct kernel_device *, const struct lora_forward_args *);
     int (*lora_backward)(struct kernel_device *, const struct lora_backward_args *);
+    /* The larger of the forward's and the backward's. */
+    int64_t (*linear_workspace)(int64_t rows, int64_t in, int64_t out, int64_t rank);
+    int (*linear_forward)(struct kernel_device *, const struct linear_forward_args *);
+    int (*linear_backward)(struct kernel_device *, const struct linear_backward_args *);
     int (*embedding_forward)(struct kernel_device *, const struct embedding_forward_args *);
     int (*embedding_backward)(struct kernel_device *, const struct embedding_backward_args *);
     int (*rmsnorm_forward)(struct kernel_device *, const struct rmsnorm_forward_args *);

@@ -22,13 +22,15 @@ static int multiply(struct kernel_device *device, const struct gemm_args *g, int
                     const void *b, int64_t b_stride)
 {
     cudaDataType_t type = blas_type(g->act);
-    char *c = (char *)g->c + first * (int64_t)kernel_type_size(g->act);
+    cublasComputeType_t compute =
+        g->tf32 && g->act == TYPE_F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    char *c = (char *)g->c + first * (int64_t)kernel_type_size(g->c_type);
     return cuda_check_blas(
-        device,
-        device->cublas->gemm_ex(device->blas, g->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                g->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, n, g->m, g->k, &g->alpha, b, type,
-                                at_least_one(b_stride), g->a, type, at_least_one(g->a_stride), &g->beta, c,
-                                type, at_least_one(g->c_stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        device, device->cublas->gemm_ex(device->blas, g->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                        g->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, n, g->m, g->k, &g->alpha,
+                                        b, type, at_least_one(b_stride), g->a, type,
+                                        at_least_one(g->a_stride), &g->beta, c, blas_type(g->c_type),
+                                        at_least_one(g->c_stride), compute, CUBLAS_GEMM_DEFAULT));
 }
 
 /* to[rows,columns], dense, from rows `stride` apart. */
@@ -83,7 +85,7 @@ int cuda_gemm(struct kernel_device *device, const struct gemm_args *g)
     if (g->m < 0 || g->n < 0 || g->k < 0 || g->a_stride < (g->transpose_a ? g->m : g->k) ||
         g->b_stride < (g->transpose_b ? g->k : g->n) || g->c_stride < g->n)
         return KERNEL_INVALID;
-    if (!cuda_is_float(g->act) || !cuda_is_float(g->b_type))
+    if (!cuda_is_float(g->act) || !cuda_is_float(g->b_type) || (g->c_type != TYPE_F32 && g->c_type != g->act))
         return KERNEL_UNSUPPORTED;
     if (g->m == 0 || g->n == 0)
         return KERNEL_OK;
