@@ -116,7 +116,8 @@ static inline int check_scan_backward(const struct scan_backward_args *s)
     bool inputs = s->x_stride >= d && s->dt_stride >= d && s->z_stride >= d && s->dy_stride >= d &&
                   s->b_stride >= s->d_state && s->c_stride >= s->d_state;
     bool outputs = s->dx_stride >= d && s->ddt_stride >= d && s->dz_stride >= d &&
-                   s->db_stride >= s->d_state && s->dc_stride >= s->d_state;
+                   s->db_stride >= s->d_state && s->dc_stride >= s->d_state &&
+                   (s->y == NULL || s->y_stride >= d);
     return check_valid(d >= 0 && s->d_state > 0 && inputs && outputs &&
                            seqs_valid(s->seq_starts, s->n_seqs, s->tokens),
                        s->act);

@@ -253,6 +253,8 @@ static double scan_backward_token(const struct scan_backward_args *v, const stru
     for (int64_t n = 0; n < v->d_state; n++)
         out += (double)ct[n] * h[n];
     ((float *)v->dz)[t * v->dz_stride + c] = (float)(dy * out * silu_slope(z));
+    if (v->y != NULL)
+        ((float *)v->y)[t * v->y_stride + c] = (float)(out * z * sigmoid(z));
 
     double dout = dy * z * sigmoid(z);
     double dx = dout * (double)v->d[c], ddelta = 0;

@@ -136,6 +136,8 @@ VEC_INLINE void sweep_forward(const struct column *k, const struct trace *w, con
         }
         w->delta[i] = delta;
         column_store(k, g->dz, g->dz_stride, t, dy * out * (gate * (1.0f + z * (1.0f - gate))), lanes);
+        if (g->y != NULL)
+            column_store(k, g->y, g->y_stride, t, out * (z * gate), lanes);
     }
 }
 

@@ -211,13 +211,14 @@ __device__ __forceinline__ void store_chunk(const struct scan_backward_args &a, 
         struct four<T> dt = load_four<T>(a.dt, a.dt_stride, t, load_c, a.channels, whole, true);
         struct four<T> z = load_four<T>(a.z, a.z_stride, t, load_c, a.channels, whole, true);
         struct four<T> dy = load_four<T>(a.dy, a.dy_stride, t, load_c, a.channels, whole, true);
-        float dx[LANE_CHANNELS], ddt[LANE_CHANNELS], dz[LANE_CHANNELS];
+        float dx[LANE_CHANNELS], ddt[LANE_CHANNELS], dz[LANE_CHANNELS], y[LANE_CHANNELS];
 #pragma unroll
         for (int i = 0; i < LANE_CHANNELS; i++) {
             float v = dt[i] + bias[i], delta = softplus(v), gate = sigmoid(z[i]), dout = dy[i] * z[i] * gate;
             float input = m.dout[row][group_c + i], through = m.delta[row][group_c + i] * LN_2;
             float out = fmaf(skip[i], x[i], m.input[row][group_c + i]);
             dz[i] = dy[i] * out * gate * (1.0f + z[i] * (1.0f - gate));
+            y[i] = out * z[i] * gate;
             dx[i] = fmaf(delta, input, skip[i] * dout);
             ddt[i] = fmaf(x[i], input, through) * (v > 20.0f ? 1.0f : sigmoid(v));
             k->skip_sum[i] = fmaf(dout, x[i], k->skip_sum[i]);
@@ -227,6 +228,8 @@ __device__ __forceinline__ void store_chunk(const struct scan_backward_args &a, 
         store_some((T *)a.dx + t * a.dx_stride + load_c, n, whole, dx);
         store_some((T *)a.ddt + t * a.ddt_stride + load_c, n, whole, ddt);
         store_some((T *)a.dz + t * a.dz_stride + load_c, n, whole, dz);
+        if (a.y != NULL)
+            store_some((T *)a.y + t * a.y_stride + load_c, n, whole, y);
     }
 }
 
@@ -480,7 +483,7 @@ int cuda_scan_backward(struct kernel_device *device, const struct scan_backward_
     if (d < 0 || a.d_state <= 0 || a.x_stride < d || a.dt_stride < d || a.z_stride < d || a.dy_stride < d ||
         a.b_stride < a.d_state || a.c_stride < a.d_state || a.dx_stride < d || a.ddt_stride < d ||
         a.dz_stride < d || a.db_stride < a.d_state || a.dc_stride < a.d_state ||
-        !cuda_seqs_valid(a.seq_starts, a.n_seqs, a.tokens))
+        (a.y != NULL && a.y_stride < d) || !cuda_seqs_valid(a.seq_starts, a.n_seqs, a.tokens))
         return KERNEL_INVALID;
     if (!cuda_is_float(a.act) || a.d_state > SCAN_STATES_MOST)
         return KERNEL_UNSUPPORTED;
@@ -489,7 +492,8 @@ int cuda_scan_backward(struct kernel_device *device, const struct scan_backward_
     bool whole = rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.dt, a.dt_stride, a.act) &&
                  rows_aligned(a.z, a.z_stride, a.act) && rows_aligned(a.dy, a.dy_stride, a.act) &&
                  rows_aligned(a.dx, a.dx_stride, a.act) && rows_aligned(a.ddt, a.ddt_stride, a.act) &&
-                 rows_aligned(a.dz, a.dz_stride, a.act);
+                 rows_aligned(a.dz, a.dz_stride, a.act) &&
+                 (a.y == NULL || rows_aligned(a.y, a.y_stride, a.act));
     struct scan_spans spans;
     status = scan_spans_make(device, a.seq_starts, a.n_seqs, d, a.d_state, &spans);
     if (status != KERNEL_OK)

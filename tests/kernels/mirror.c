@@ -184,7 +184,7 @@ MIRROR(conv_backward, A(x), R(weight), R(bias), A(dy), A(dx), R(dweight), R(dbia
 MIRROR(scan_forward, A(x), A(dt), R(a), A(b), A(c), R(d), R(dt_bias), A(z), R(initial.pool), R(final.pool),
        R(chunk_states), A(y))
 MIRROR(scan_backward, A(x), A(dt), A(b), A(c), A(z), R(a), R(d), R(dt_bias), R(chunk_states), A(dy), A(dx),
-       A(ddt), A(dz), A(db), A(dc), R(da_log), R(dd), R(ddt_bias), R(workspace))
+       A(ddt), A(dz), A(db), A(dc), A(y), R(da_log), R(dd), R(ddt_bias), R(workspace))
 MIRROR(head, A(hidden), R(weight), R(targets), R(logprobs), R(argmax), R(top_ids), R(top_logprobs),
        A(d_hidden), R(d_weight), R(workspace))
 

@@ -153,7 +153,9 @@ static void scan_backward_case(struct session *s, const void *param)
     v.dx = output_rows(s, "dx", p->tokens, p->channels, stride, SUMMED);
     v.ddt = output_rows(s, "ddt", p->tokens, p->channels, stride, SUMMED);
     v.dz = output_rows(s, "dz", p->tokens, p->channels, stride, SUMMED);
-    v.dx_stride = v.ddt_stride = v.dz_stride = stride;
+    v.dx_stride = v.ddt_stride = v.dz_stride = v.y_stride = stride;
+    if (p->permuted)
+        v.y = output_rows(s, "y again", p->tokens, p->channels, stride, SUMMED);
     v.db = output_rows(s, "db|dc", p->tokens, 2 * p->size, bc_stride, SUMMED);
     v.dc = (float *)v.db + p->size;
     v.db_stride = v.dc_stride = bc_stride;
