@@ -52,8 +52,10 @@ struct kernel_device_info {
     char name[128];      /* "cpu (AVX-512, 2 threads)" */
     int64_t total_bytes; /* memory of the device, or of the host for the CPU */
     int64_t free_bytes;
-    int threads;  /* CPU threads, 1 on a GPU */
-    bool is_host; /* device pointers are host pointers */
+    int64_t allocated_bytes; /* by this device now: memory_alloc's and what its ops keep */
+    int64_t peak_bytes;      /* the most that allocated_bytes has been since it opened or device_reset_peak */
+    int threads;             /* CPU threads, 1 on a GPU */
+    bool is_host;            /* device pointers are host pointers */
 };
 
 /* ---- linear algebra ---- */
@@ -418,9 +420,12 @@ struct kernel_ops {
     int (*device_open)(int index, int threads, struct kernel_device **ret_device);
     void (*device_close)(struct kernel_device *device);
     int (*device_query)(struct kernel_device *device, struct kernel_device_info *ret_info);
+    void (*device_reset_peak)(struct kernel_device *device);
     /* Device memory, 64-byte aligned, not zeroed. */
     int (*memory_alloc)(struct kernel_device *device, size_t bytes, void **ret_pointer);
     void (*memory_free)(struct kernel_device *device, void *pointer);
+    /* The host array may change as soon as copy_in returns, and is complete when copy_out returns. copy_in of little
+     * waits for nothing. */
     int (*copy_in)(struct kernel_device *device, void *to_device, const void *from_host, size_t bytes);
     int (*copy_out)(struct kernel_device *device, void *to_host, const void *from_device, size_t bytes);
     int (*copy)(struct kernel_device *device, void *to, const void *from, size_t bytes);

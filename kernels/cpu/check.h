@@ -134,7 +134,12 @@ static inline int check_head(const struct head_args *h, int64_t needed)
 
 static inline int check_adamw(const struct adamw_args *a)
 {
-    return a->n_slices >= 0 && a->step >= 1 ? KERNEL_OK : KERNEL_INVALID;
+    if (a->n_slices < 0 || a->step < 1)
+        return KERNEL_INVALID;
+    for (int32_t s = 0; s < a->n_slices; s++)
+        if (a->slices[s].copy != NULL && check_weight(a->slices[s].copy_type) != KERNEL_OK)
+            return KERNEL_UNSUPPORTED;
+    return KERNEL_OK;
 }
 
 /* Ids of the caller are in host memory, so that looking at all of them is cheap. */

@@ -9,13 +9,6 @@ enum { BLOCK = 32768 };
 
 typedef uint16_t vec_half __attribute__((vector_size(2 * VEC_LANES)));
 
-struct cast_task {
-    void *to;
-    const void *from;
-    enum kernel_type to_type, from_type;
-    int64_t count;
-};
-
 VEC_INLINE void store_bf16(uint16_t *to, vec v)
 {
     vec_uint bits = (vec_uint)v, quiet = bits >> 16 | 0x40;
@@ -39,13 +32,11 @@ VEC_INLINE void store_f16(uint16_t *to, vec v)
 #endif
 }
 
-VEC_INLINE void convert(const struct cast_task *task, int64_t first, int64_t end, enum kernel_type from_type,
-                        enum kernel_type to_type)
+VEC_INLINE void convert(char *to, enum kernel_type to_type, const char *from, enum kernel_type from_type,
+                        int64_t count)
 {
-    const char *from = task->from;
-    char *to = task->to;
-    int64_t i = first;
-    for (; i + VEC_LANES <= end; i += VEC_LANES) {
+    int64_t i = 0;
+    for (; i + VEC_LANES <= count; i += VEC_LANES) {
         vec v = vec_load_as(from + i * storage_bytes(from_type), from_type);
         void *at = to + i * storage_bytes(to_type);
         if (to_type == TYPE_BF16)
@@ -55,27 +46,44 @@ VEC_INLINE void convert(const struct cast_task *task, int64_t first, int64_t end
         else
             vec_store(at, v);
     }
-    for (; i < end; i++)
+    for (; i < count; i++)
         store_from_float(to, to_type, i, load_as_float(from, from_type, i));
 }
+
+void CPU_NAME(cpu_convert)(void *to, enum kernel_type to_type, const void *from, enum kernel_type from_type,
+                           int64_t count)
+{
+    if (from_type == to_type)
+        memcpy(to, from, (size_t)count * kernel_type_size(to_type));
+    else if (from_type == TYPE_F32 && to_type == TYPE_BF16)
+        convert(to, TYPE_BF16, from, TYPE_F32, count);
+    else if (from_type == TYPE_F32)
+        convert(to, TYPE_F16, from, TYPE_F32, count);
+    else if (from_type == TYPE_BF16 && to_type == TYPE_F32)
+        convert(to, TYPE_F32, from, TYPE_BF16, count);
+    else if (from_type == TYPE_BF16)
+        convert(to, TYPE_F16, from, TYPE_BF16, count);
+    else if (to_type == TYPE_F32)
+        convert(to, TYPE_F32, from, TYPE_F16, count);
+    else
+        convert(to, TYPE_BF16, from, TYPE_F16, count);
+}
+
+struct cast_task {
+    void *to;
+    const void *from;
+    enum kernel_type to_type, from_type;
+    int64_t count;
+};
 
 static void cast_block(void *arg, int64_t index, int thread)
 {
     (void)thread;
     const struct cast_task *task = arg;
-    int64_t first = index * BLOCK, end = first + BLOCK < task->count ? first + BLOCK : task->count;
-    if (task->from_type == TYPE_F32 && task->to_type == TYPE_BF16)
-        convert(task, first, end, TYPE_F32, TYPE_BF16);
-    else if (task->from_type == TYPE_F32)
-        convert(task, first, end, TYPE_F32, TYPE_F16);
-    else if (task->from_type == TYPE_BF16 && task->to_type == TYPE_F32)
-        convert(task, first, end, TYPE_BF16, TYPE_F32);
-    else if (task->from_type == TYPE_BF16)
-        convert(task, first, end, TYPE_BF16, TYPE_F16);
-    else if (task->to_type == TYPE_F32)
-        convert(task, first, end, TYPE_F16, TYPE_F32);
-    else
-        convert(task, first, end, TYPE_F16, TYPE_BF16);
+    int64_t first = index * BLOCK, count = task->count - first < BLOCK ? task->count - first : BLOCK;
+    CPU_NAME(cpu_convert)
+    ((char *)task->to + first * storage_bytes(task->to_type), task->to_type,
+     (const char *)task->from + first * storage_bytes(task->from_type), task->from_type, count);
 }
 
 int CPU_NAME(cpu_cast)(struct kernel_device *device, void *to, enum kernel_type to_type, const void *from,

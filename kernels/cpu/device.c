@@ -2,6 +2,7 @@
  * Called by the thread that owns the device. */
 #include "kernels/cpu/device.h"
 
+#include <malloc.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,7 +46,7 @@ void cpu_device_close(struct kernel_device *device)
         return;
     thread_pool_destroy(device->pool);
     for (int i = 0; i < CPU_THREADS_MAX; i++)
-        free(device->scratch[i].pointer);
+        cpu_memory_free(device, device->scratch[i].pointer);
     free(device);
 }
 
@@ -74,10 +75,17 @@ int cpu_device_query(struct kernel_device *device, struct kernel_device_info *re
              device->n_threads == 1 ? "" : "s");
     info.total_bytes = (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
     info.free_bytes = available_bytes();
+    info.allocated_bytes = device->allocated_bytes;
+    info.peak_bytes = device->peak_bytes;
     info.threads = device->n_threads;
     info.is_host = true;
     *ret_info = info;
     return KERNEL_OK;
+}
+
+void cpu_device_reset_peak(struct kernel_device *device)
+{
+    device->peak_bytes = device->allocated_bytes;
 }
 
 /* The padding lets a vector load that starts inside the last line stay inside the allocation. Large blocks
@@ -100,17 +108,19 @@ static void *alloc_aligned(size_t bytes)
 
 int cpu_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer)
 {
-    (void)device;
     void *pointer = alloc_aligned(bytes);
     if (pointer == NULL)
         return KERNEL_NO_MEMORY;
+    device->allocated_bytes += (int64_t)malloc_usable_size(pointer);
+    if (device->peak_bytes < device->allocated_bytes)
+        device->peak_bytes = device->allocated_bytes;
     *ret_pointer = pointer;
     return KERNEL_OK;
 }
 
 void cpu_memory_free(struct kernel_device *device, void *pointer)
 {
-    (void)device;
+    device->allocated_bytes -= (int64_t)malloc_usable_size(pointer); /* 0 of NULL */
     free(pointer);
 }
 
@@ -142,10 +152,12 @@ int cpu_scratch_reserve(struct kernel_device *device, size_t bytes)
         struct cpu_scratch_area *area = &device->scratch[i];
         if (area->bytes >= bytes)
             continue;
-        void *pointer = alloc_aligned(bytes);
-        if (pointer == NULL)
-            return KERNEL_NO_MEMORY;
-        free(area->pointer);
+        cpu_memory_free(device, area->pointer);
+        *area = (struct cpu_scratch_area){0};
+        void *pointer = NULL;
+        int status = cpu_memory_alloc(device, bytes, &pointer);
+        if (status != KERNEL_OK)
+            return status;
         *area = (struct cpu_scratch_area){.pointer = pointer, .bytes = bytes};
     }
     return KERNEL_OK;

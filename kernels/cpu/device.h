@@ -26,6 +26,7 @@ struct kernel_device {
     enum cpu_isa isa; /* of the table that opened it */
     int n_threads;    /* with the owner */
     struct thread_pool *pool;
+    int64_t allocated_bytes, peak_bytes;
     struct cpu_scratch_area scratch[CPU_THREADS_MAX];
 };
 
@@ -37,6 +38,7 @@ const struct kernel_ops *cpu_ops_of(enum cpu_isa isa);
 int cpu_device_open(int index, int threads, struct kernel_device **ret_device);
 void cpu_device_close(struct kernel_device *device);
 int cpu_device_query(struct kernel_device *device, struct kernel_device_info *ret_info);
+void cpu_device_reset_peak(struct kernel_device *device);
 int cpu_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer);
 void cpu_memory_free(struct kernel_device *device, void *pointer);
 int cpu_memory_copy(struct kernel_device *device, void *to, const void *from, size_t bytes);

@@ -8,6 +8,9 @@
 
 int CPU_NAME(cpu_cast)(struct kernel_device *device, void *to, enum kernel_type to_type, const void *from,
                        enum kernel_type from_type, int64_t count);
+/* Between F32, BF16 and F16, on the calling thread. The arrays do not overlap. */
+void CPU_NAME(cpu_convert)(void *to, enum kernel_type to_type, const void *from, enum kernel_type from_type,
+                           int64_t count);
 int CPU_NAME(cpu_gemm)(struct kernel_device *device, const struct gemm_args *args);
 int CPU_NAME(cpu_lora_forward)(struct kernel_device *device, const struct lora_forward_args *args);
 int CPU_NAME(cpu_lora_backward)(struct kernel_device *device, const struct lora_backward_args *args);

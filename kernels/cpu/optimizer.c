@@ -62,6 +62,10 @@ static void adamw_block(void *arg, int64_t index, int thread)
         vec_store_n(slice->param + i, p - move, n);
     }
     memset(slice->grad + first, 0, (size_t)(end - first) * sizeof(float));
+    if (slice->copy != NULL)
+        CPU_NAME(cpu_convert)
+    ((char *)slice->copy + first * (int64_t)kernel_type_size(slice->copy_type), slice->copy_type,
+     slice->param + first, TYPE_F32, end - first);
 }
 
 int CPU_NAME(cpu_adamw)(struct kernel_device *device, const struct adamw_args *a)

@@ -32,6 +32,7 @@ const struct kernel_ops *kernels_reference(void)
         .device_open = reference_device_open,
         .device_close = cpu_device_close,
         .device_query = cpu_device_query,
+        .device_reset_peak = cpu_device_reset_peak,
         .memory_alloc = cpu_memory_alloc,
         .memory_free = cpu_memory_free,
         .copy_in = cpu_memory_copy,

@@ -8,6 +8,7 @@ static struct kernel_ops make_ops(void)
     ops.device_open = cuda_device_open;
     ops.device_close = cuda_device_close;
     ops.device_query = cuda_device_query;
+    ops.device_reset_peak = cuda_device_reset_peak;
     ops.memory_alloc = cuda_memory_alloc;
     ops.memory_free = cuda_memory_free;
     ops.copy_in = cuda_copy_in;

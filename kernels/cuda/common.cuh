@@ -35,12 +35,26 @@ enum cuda_scratch_area {
     CUDA_SCRATCH_COUNT,
 };
 
-/* Host arrays (seq_starts, slots, slices) travel through pinned memory, which must not change before its copy was
- * made. Two halves: one fills while the copies out of the other finish. */
+/* Host arrays travel through pinned memory, which must not change before its copy was made. Two halves: one fills while
+ * the copies out of the other finish. */
 struct cuda_staging {
     char *host, *device;
     size_t used, bytes; /* of this half */
     cudaEvent_t copied; /* recorded when the half was left */
+};
+
+/* A host array that is on the device already; see cuda_stage_cached. */
+struct cuda_cached {
+    void *host, *device;
+    size_t bytes, capacity;
+    uint64_t used; /* the device's uses_of_cache when it was last asked for */
+};
+enum { CUDA_CACHED_COUNT = 16 };
+
+struct cuda_allocation {
+    struct cuda_allocation *next;
+    void *pointer;
+    size_t bytes;
 };
 
 /* What is used of cuBLAS; blas.cu. */
@@ -67,6 +81,10 @@ struct kernel_device {
     void *blas_workspace; /* fixed, so that cuBLAS chooses and sums the same way every time */
     struct cuda_staging staging[2];
     int staging_now; /* the half that fills */
+    struct cuda_cached cached[CUDA_CACHED_COUNT];
+    uint64_t uses_of_cache;
+    struct cuda_allocation *allocations;
+    int64_t allocated_bytes, peak_bytes;
     struct {
         void *pointer;
         size_t bytes;
@@ -80,9 +98,12 @@ int cuda_check(struct kernel_device *device, cudaError_t code);
 int cuda_check_blas(struct kernel_device *device, cublasStatus_t code);
 /* The status of the launches since the last call. */
 int cuda_launched(struct kernel_device *device);
-/* A copy of a host array on the device, 16-byte aligned, good for what is queued before the op returns. The host array
+/* A copy of a host array on the device, 256-byte aligned, good for what is queued before the op returns. The host array
  * may change as soon as this returns. bytes 0 gives a valid pointer. */
 int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device);
+/* The same for what many ops in a row are handed (boundaries, slots, slices): one of the last CUDA_CACHED_COUNT arrays
+ * with the same contents is there already, and nothing is copied. An op asks for fewer than that many. */
+int cuda_stage_cached(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device);
 /* At least `bytes` of device memory, 256-byte aligned, contents undefined. */
 int cuda_scratch(struct kernel_device *device, enum cuda_scratch_area area, size_t bytes, void **ret_pointer);
 
@@ -91,7 +112,7 @@ static inline int cuda_stage_array(struct kernel_device *device, const T *host, 
                                    const T **ret_device)
 {
     const void *copy = NULL;
-    int status = cuda_stage(device, host, (size_t)count * sizeof(T), &copy);
+    int status = cuda_stage_cached(device, host, (size_t)count * sizeof(T), &copy);
     *ret_device = (const T *)copy;
     return status;
 }
@@ -251,6 +272,7 @@ static inline unsigned cuda_grid(const struct kernel_device *device, int64_t cou
 int cuda_device_open(int index, int threads, struct kernel_device **ret_device);
 void cuda_device_close(struct kernel_device *device);
 int cuda_device_query(struct kernel_device *device, struct kernel_device_info *ret_info);
+void cuda_device_reset_peak(struct kernel_device *device);
 int cuda_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer);
 void cuda_memory_free(struct kernel_device *device, void *pointer);
 int cuda_copy_in(struct kernel_device *device, void *to_device, const void *from_host, size_t bytes);

@@ -6,7 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STAGING_BYTES = 1 << 20, STAGING_ALIGNMENT = 256 };
+enum {
+    STAGING_BYTES = 1 << 20,
+    STAGING_ALIGNMENT = 256,
+    SMALL_BYTES = STAGING_BYTES / 4, /* a copy through pinned memory pays */
+};
 static const size_t BLAS_WORKSPACE_BYTES = (size_t)32 << 20; /* what cuBLAS recommends for Hopper */
 
 int cuda_check(struct kernel_device *device, cudaError_t code)
@@ -62,21 +66,58 @@ int cuda_launched(struct kernel_device *device)
     return cuda_check(device, cudaGetLastError());
 }
 
+/* ---- memory, all of it counted ---- */
+
+static int allocate(struct kernel_device *device, size_t bytes, void **ret_pointer)
+{
+    struct cuda_allocation *allocation = (struct cuda_allocation *)malloc(sizeof(*allocation));
+    if (allocation == NULL)
+        return KERNEL_NO_MEMORY;
+    allocation->bytes = bytes > 0 ? bytes : 1;
+    int status = cuda_check(device, cudaMalloc(&allocation->pointer, allocation->bytes));
+    if (status != KERNEL_OK) {
+        free(allocation);
+        return status;
+    }
+    allocation->next = device->allocations;
+    device->allocations = allocation;
+    device->allocated_bytes += (int64_t)allocation->bytes;
+    if (device->peak_bytes < device->allocated_bytes)
+        device->peak_bytes = device->allocated_bytes;
+    *ret_pointer = allocation->pointer;
+    return KERNEL_OK;
+}
+
+/* cudaFree waits for the device, so what is queued may still use the memory. */
+static void release(struct kernel_device *device, void *pointer)
+{
+    struct cuda_allocation **at = &device->allocations;
+    while (*at != NULL && (*at)->pointer != pointer)
+        at = &(*at)->next;
+    if (*at == NULL)
+        return;
+    struct cuda_allocation *found = *at;
+    *at = found->next;
+    device->allocated_bytes -= (int64_t)found->bytes;
+    free(found);
+    (void)cuda_check(device, cudaFree(pointer));
+}
+
 /* ---- open, close, query ---- */
 
 static int staging_create(struct kernel_device *device, struct cuda_staging *half, size_t bytes)
 {
     int status = cuda_check(device, cudaMallocHost((void **)&half->host, bytes));
     if (status == KERNEL_OK)
-        status = cuda_check(device, cudaMalloc((void **)&half->device, bytes));
+        status = allocate(device, bytes, (void **)&half->device);
     half->bytes = status == KERNEL_OK ? bytes : 0;
     return status;
 }
 
-static void staging_free(struct cuda_staging *half)
+static void staging_free(struct kernel_device *device, struct cuda_staging *half)
 {
     (void)cudaFreeHost(half->host);
-    (void)cudaFree(half->device);
+    release(device, half->device);
     half->host = half->device = NULL;
     half->used = half->bytes = 0;
 }
@@ -91,7 +132,7 @@ static int open_parts(struct kernel_device *device)
             status = staging_create(device, &device->staging[i], STAGING_BYTES);
     }
     if (status == KERNEL_OK)
-        status = cuda_check(device, cudaMalloc(&device->blas_workspace, BLAS_WORKSPACE_BYTES));
+        status = allocate(device, BLAS_WORKSPACE_BYTES, &device->blas_workspace);
     if (status == KERNEL_OK)
         status = cuda_blas_load(&device->cublas);
     if (status == KERNEL_OK)
@@ -147,14 +188,15 @@ void cuda_device_close(struct kernel_device *device)
         (void)cudaStreamSynchronize(device->stream);
     if (device->blas != NULL)
         (void)device->cublas->destroy(device->blas);
-    (void)cudaFree(device->blas_workspace);
     for (int i = 0; i < 2; i++) {
-        staging_free(&device->staging[i]);
+        staging_free(device, &device->staging[i]);
         if (device->staging[i].copied != NULL)
             (void)cudaEventDestroy(device->staging[i].copied);
     }
-    for (int i = 0; i < CUDA_SCRATCH_COUNT; i++)
-        (void)cudaFree(device->scratch[i].pointer);
+    for (int i = 0; i < CUDA_CACHED_COUNT; i++)
+        free(device->cached[i].host);
+    while (device->allocations != NULL)
+        release(device, device->allocations->pointer);
     if (device->stream != NULL)
         (void)cudaStreamDestroy(device->stream);
     (void)cudaGetLastError();
@@ -177,37 +219,87 @@ int cuda_device_query(struct kernel_device *device, struct kernel_device_info *r
              properties.minor);
     info.total_bytes = (int64_t)total_bytes;
     info.free_bytes = (int64_t)free_bytes;
+    info.allocated_bytes = device->allocated_bytes;
+    info.peak_bytes = device->peak_bytes;
     info.threads = 1;
     *ret_info = info;
     return KERNEL_OK;
 }
 
-/* ---- memory ---- */
+void cuda_device_reset_peak(struct kernel_device *device)
+{
+    device->peak_bytes = device->allocated_bytes;
+}
 
 int cuda_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer)
 {
-    void *pointer = NULL;
     int status = cuda_enter(device);
-    if (status == KERNEL_OK)
-        status = cuda_check(device, cudaMalloc(&pointer, bytes > 0 ? bytes : 1));
-    if (status == KERNEL_OK)
-        *ret_pointer = pointer;
-    return status;
+    return status == KERNEL_OK ? allocate(device, bytes, ret_pointer) : status;
 }
 
-/* cudaFree waits for the device, so what is queued may still use the memory. */
 void cuda_memory_free(struct kernel_device *device, void *pointer)
 {
     if (pointer != NULL && cuda_enter(device) == KERNEL_OK)
-        (void)cuda_check(device, cudaFree(pointer));
+        release(device, pointer);
 }
 
-/* From pageable memory: the caller's array may change on return, so the copy is waited for. */
+/* ---- pinned memory ---- */
+
+/* Goes on with the other half, once the copies out of it are made, and makes it large enough. */
+static int staging_turn(struct kernel_device *device, size_t bytes)
+{
+    int status =
+        cuda_check(device, cudaEventRecord(device->staging[device->staging_now].copied, device->stream));
+    if (status != KERNEL_OK)
+        return status;
+    device->staging_now = 1 - device->staging_now;
+    struct cuda_staging *half = &device->staging[device->staging_now];
+    status = cuda_check(device, cudaEventSynchronize(half->copied));
+    half->used = 0;
+    if (status != KERNEL_OK || half->bytes >= bytes)
+        return status;
+    /* Kernels may still read this half's device side; cudaFree waits for them. */
+    staging_free(device, half);
+    return staging_create(device, half, bytes);
+}
+
+/* A place of so many bytes on both sides. */
+static int staging_reserve(struct kernel_device *device, size_t bytes, char **ret_host, char **ret_device)
+{
+    size_t padded = (bytes + STAGING_ALIGNMENT - 1) / STAGING_ALIGNMENT * STAGING_ALIGNMENT;
+    struct cuda_staging *half = &device->staging[device->staging_now];
+    if (half->bytes - half->used < padded) {
+        int status = staging_turn(device, padded);
+        if (status != KERNEL_OK)
+            return status;
+        half = &device->staging[device->staging_now];
+    }
+    *ret_host = half->host + half->used;
+    *ret_device = half->device + half->used;
+    half->used += padded;
+    return KERNEL_OK;
+}
+
+static int copy_in_pinned(struct kernel_device *device, void *to, const void *from, size_t bytes)
+{
+    char *pinned, *unused;
+    int status = staging_reserve(device, bytes, &pinned, &unused);
+    if (status != KERNEL_OK)
+        return status;
+    memcpy(pinned, from, bytes);
+    return cuda_check(device, cudaMemcpyAsync(to, pinned, bytes, cudaMemcpyHostToDevice, device->stream));
+}
+
+/* ---- copies ---- */
+
+/* What is too large for pinned memory is waited for, since the caller's array may change on return. */
 int cuda_copy_in(struct kernel_device *device, void *to_device, const void *from_host, size_t bytes)
 {
     int status = cuda_enter(device);
     if (status != KERNEL_OK || bytes == 0)
         return status;
+    if (bytes <= SMALL_BYTES)
+        return copy_in_pinned(device, to_device, from_host, bytes);
     status = cuda_check(device,
                         cudaMemcpyAsync(to_device, from_host, bytes, cudaMemcpyHostToDevice, device->stream));
     return status == KERNEL_OK ? cuda_synchronize(device) : status;
@@ -218,9 +310,17 @@ int cuda_copy_out(struct kernel_device *device, void *to_host, const void *from_
     int status = cuda_enter(device);
     if (status != KERNEL_OK || bytes == 0)
         return status;
-    status = cuda_check(device,
-                        cudaMemcpyAsync(to_host, from_device, bytes, cudaMemcpyDeviceToHost, device->stream));
-    return status == KERNEL_OK ? cuda_synchronize(device) : status;
+    char *through = (char *)to_host, *unused;
+    if (bytes <= SMALL_BYTES)
+        status = staging_reserve(device, bytes, &through, &unused);
+    if (status == KERNEL_OK)
+        status = cuda_check(
+            device, cudaMemcpyAsync(through, from_device, bytes, cudaMemcpyDeviceToHost, device->stream));
+    if (status == KERNEL_OK)
+        status = cuda_synchronize(device);
+    if (status == KERNEL_OK && through != to_host)
+        memcpy(to_host, through, bytes);
+    return status;
 }
 
 int cuda_copy(struct kernel_device *device, void *to, const void *from, size_t bytes)
@@ -247,54 +347,70 @@ int cuda_synchronize(struct kernel_device *device)
 
 /* ---- host arrays, scratch ---- */
 
-/* Goes on with the other half, once the copies out of it are made, and makes it large enough. */
-static int staging_turn(struct kernel_device *device, size_t bytes)
-{
-    int status =
-        cuda_check(device, cudaEventRecord(device->staging[device->staging_now].copied, device->stream));
-    if (status != KERNEL_OK)
-        return status;
-    device->staging_now = 1 - device->staging_now;
-    struct cuda_staging *half = &device->staging[device->staging_now];
-    status = cuda_check(device, cudaEventSynchronize(half->copied));
-    half->used = 0;
-    if (status != KERNEL_OK || half->bytes >= bytes)
-        return status;
-    /* Kernels may still read this half's device side; cudaFree waits for them. */
-    staging_free(half);
-    return staging_create(device, half, bytes);
-}
-
 int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device)
 {
-    size_t padded = (bytes + STAGING_ALIGNMENT - 1) / STAGING_ALIGNMENT * STAGING_ALIGNMENT;
-    struct cuda_staging *half = &device->staging[device->staging_now];
-    if (half->bytes - half->used < padded) {
-        int status = staging_turn(device, padded);
-        if (status != KERNEL_OK)
-            return status;
-        half = &device->staging[device->staging_now];
+    char *pinned, *to;
+    int status = staging_reserve(device, bytes, &pinned, &to);
+    if (status == KERNEL_OK && bytes > 0) {
+        memcpy(pinned, host, bytes);
+        status =
+            cuda_check(device, cudaMemcpyAsync(to, pinned, bytes, cudaMemcpyHostToDevice, device->stream));
     }
-    char *from = half->host + half->used, *to = half->device + half->used;
-    if (bytes > 0) {
-        memcpy(from, host, bytes);
-        int status =
-            cuda_check(device, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, device->stream));
-        if (status != KERNEL_OK)
-            return status;
+    if (status == KERNEL_OK)
+        *ret_device = to;
+    return status;
+}
+
+static int cached_grow(struct kernel_device *device, struct cuda_cached *entry, size_t bytes)
+{
+    size_t capacity = (bytes + STAGING_ALIGNMENT - 1) / STAGING_ALIGNMENT * STAGING_ALIGNMENT;
+    if (entry->capacity >= capacity)
+        return KERNEL_OK;
+    release(device, entry->device);
+    free(entry->host);
+    *entry = (struct cuda_cached){};
+    entry->host = malloc(capacity);
+    int status = entry->host != NULL ? allocate(device, capacity, &entry->device) : KERNEL_NO_MEMORY;
+    entry->capacity = status == KERNEL_OK ? capacity : 0;
+    return status;
+}
+
+/* The array that was asked for least recently makes room: its copy is overwritten behind all that reads it. */
+int cuda_stage_cached(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device)
+{
+    struct cuda_cached *oldest = &device->cached[0];
+    device->uses_of_cache++;
+    for (int i = 0; i < CUDA_CACHED_COUNT; i++) {
+        struct cuda_cached *entry = &device->cached[i];
+        if (entry->used < oldest->used)
+            oldest = entry;
+        if (entry->used == 0 || entry->bytes != bytes || (bytes > 0 && memcmp(entry->host, host, bytes) != 0))
+            continue;
+        entry->used = device->uses_of_cache;
+        *ret_device = entry->device;
+        return KERNEL_OK;
     }
-    half->used += padded;
-    *ret_device = to;
+    oldest->used = 0; /* holds nothing until the copy is queued */
+    int status = cached_grow(device, oldest, bytes > 0 ? bytes : 1);
+    if (status == KERNEL_OK && bytes > 0)
+        status = copy_in_pinned(device, oldest->device, host, bytes);
+    if (status != KERNEL_OK)
+        return status;
+    if (bytes > 0)
+        memcpy(oldest->host, host, bytes);
+    oldest->bytes = bytes;
+    oldest->used = device->uses_of_cache;
+    *ret_device = oldest->device;
     return KERNEL_OK;
 }
 
 int cuda_scratch(struct kernel_device *device, enum cuda_scratch_area area, size_t bytes, void **ret_pointer)
 {
     if (device->scratch[area].bytes < bytes) {
-        (void)cudaFree(device->scratch[area].pointer); /* waits for what uses it */
+        release(device, device->scratch[area].pointer);
         device->scratch[area].pointer = NULL;
         device->scratch[area].bytes = 0;
-        int status = cuda_check(device, cudaMalloc(&device->scratch[area].pointer, bytes));
+        int status = allocate(device, bytes, &device->scratch[area].pointer);
         if (status != KERNEL_OK)
             return status;
         device->scratch[area].bytes = bytes;

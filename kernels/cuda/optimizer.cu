@@ -79,13 +79,37 @@ static __device__ __forceinline__ bool aligned16(const void *p)
     return (uintptr_t)p % 16 == 0;
 }
 
+/* N consecutive parameters in the type of the copy; N > 1 where it is aligned. */
+template <int N>
+static __device__ __forceinline__ void store_copy(const struct param_slice &slice, int64_t at,
+                                                  const float (&p)[N])
+{
+    if (slice.copy == NULL)
+        return;
+    if (slice.copy_type == TYPE_F32) {
+        store_pack((float *)slice.copy + at, p);
+        return;
+    }
+    uint16_t halves[N];
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        halves[j] = slice.copy_type == TYPE_BF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(p[j]))
+                                                 : __half_as_ushort(__float2half_rn(p[j]));
+    uint16_t *to = (uint16_t *)slice.copy + at;
+    if constexpr (N == 4)
+        *reinterpret_cast<ushort4 *>(to) = make_ushort4(halves[0], halves[1], halves[2], halves[3]);
+    else
+        to[0] = halves[0];
+}
+
 static __global__ void adamw_kernel(struct slice_list list, struct adamw_factors f)
 {
     int64_t first, end;
     struct param_slice slice = find_block(list, &first, &end);
     float shrink = slice.decay ? f.shrink : 0.0f;
     int64_t i = first + threadIdx.x;
-    if (aligned16(slice.param) && aligned16(slice.m) && aligned16(slice.v) && aligned16(slice.grad)) {
+    if (aligned16(slice.param) && aligned16(slice.m) && aligned16(slice.v) && aligned16(slice.grad) &&
+        aligned16(slice.copy)) {
         int64_t whole = first + (end - first) / 4 * 4;
         for (int64_t at = first + (int64_t)threadIdx.x * 4; at < whole; at += THREADS * 4) {
             float p[4], m[4], v[4], g[4];
@@ -99,6 +123,7 @@ static __global__ void adamw_kernel(struct slice_list list, struct adamw_factors
                 g[j] = 0.0f;
             }
             store_pack(slice.param + at, p);
+            store_copy(slice, at, p);
             store_pack(slice.m + at, m);
             store_pack(slice.v + at, v);
             store_pack(slice.grad + at, g);
@@ -108,6 +133,8 @@ static __global__ void adamw_kernel(struct slice_list list, struct adamw_factors
     for (; i < end; i += THREADS) {
         adamw_element(f, shrink, slice.param[i], slice.m[i], slice.v[i], slice.grad[i]);
         slice.grad[i] = 0.0f;
+        float p[1] = {slice.param[i]};
+        store_copy(slice, i, p);
     }
 }
 
@@ -118,6 +145,9 @@ int cuda_adamw(struct kernel_device *device, const struct adamw_args *a)
         return status;
     if (a->n_slices < 0 || a->step < 1)
         return KERNEL_INVALID;
+    for (int32_t s = 0; s < a->n_slices; s++)
+        if (a->slices[s].copy != NULL && !cuda_is_float(a->slices[s].copy_type))
+            return KERNEL_UNSUPPORTED;
     struct slice_list list;
     status = stage_slices(device, a->slices, a->n_slices, &list);
     if (status != KERNEL_OK || list.blocks == 0)

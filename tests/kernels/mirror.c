@@ -214,6 +214,7 @@ static struct param_slice *mirrored_slices(const struct param_slice *slices, int
         R(m);
         R(v);
         R(grad);
+        R(copy);
         copies[i] = m;
     }
     return copies;

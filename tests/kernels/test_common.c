@@ -214,7 +214,16 @@ static void test_device(void **state)
     char text[6] = {0};
     assert_int_equal(ops->copy_out(device, text, pointer, 5), KERNEL_OK);
     assert_string_equal(text, "adder");
+    int64_t before = info.allocated_bytes;
+    assert_int_equal(ops->device_query(device, &info), KERNEL_OK);
+    assert_true(info.allocated_bytes >= before + 1001 && info.peak_bytes >= info.allocated_bytes);
     ops->memory_free(device, pointer);
+    assert_int_equal(ops->device_query(device, &info), KERNEL_OK);
+    assert_int_equal(info.allocated_bytes, before);
+    assert_true(info.peak_bytes >= before + 1001);
+    ops->device_reset_peak(device);
+    assert_int_equal(ops->device_query(device, &info), KERNEL_OK);
+    assert_int_equal(info.peak_bytes, before);
     void *none = NULL;
     assert_int_equal(ops->memory_alloc(device, 0, &pointer), KERNEL_OK);
     ops->memory_free(device, pointer);

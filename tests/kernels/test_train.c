@@ -92,7 +92,21 @@ struct optimizer_case {
     int64_t counts[3];
     int64_t step;
     float weight_decay, grad_scale;
+    enum kernel_type copy_type;
 };
+
+/* The copy of a slice's parameters holds what a cast of them gives. */
+static void check_copy(const struct param_slice *slice)
+{
+    size_t size = kernel_type_size(slice->copy_type);
+    for (int64_t i = 0; slice->copy != NULL && i < slice->count; i++) {
+        float rounded = 0;
+        assert_int_equal(
+            kernels_reference()->cast(NULL, &rounded, slice->copy_type, &slice->param[i], TYPE_F32, 1),
+            KERNEL_OK);
+        assert_memory_equal((char *)slice->copy + (size_t)i * size, &rounded, size);
+    }
+}
 
 static void optimizer_case(struct session *s, const void *param)
 {
@@ -109,7 +123,10 @@ static void optimizer_case(struct session *s, const void *param)
             .v = accumulated_rows(s, names[i][2], 1, n, n, ELEMENTWISE),
             .grad = accumulated_rows(s, names[i][3], 1, n, n, ELEMENTWISE),
             .decay = i != 1,
+            .copy_type = p->copy_type,
         };
+        if (i > 0) /* the second one off its alignment */
+            slices[i].copy = (char *)scratch_bytes(s, "copy", n * 4 + 4) + (i == 2 ? 4 : 0);
         for (int64_t j = 0; j < n; j++)
             slices[i].v[j] = slices[i].v[j] * slices[i].v[j];
     }
@@ -133,16 +150,18 @@ static void optimizer_case(struct session *s, const void *param)
     for (int i = 0; i < 3; i++)
         for (int64_t j = 0; j < p->counts[i]; j++)
             assert_true(slices[i].grad[j] == 0.0f);
+    for (int i = 0; i < 3; i++)
+        check_copy(&slices[i]);
 }
 
 static void test_optimizer(void **state)
 {
     (void)state;
     static const struct optimizer_case cases[] = {
-        {{1, 3, 63}, 1, 0.0f, 1.0f},
-        {{64, 0, 65}, 2, 0.1f, 0.25f},
-        {{151, 1134, 7}, 1000, 0.01f, 1e-3f},
-        {{70001, 33000, 17}, 7, 0.1f, 0.5f},
+        {{1, 3, 63}, 1, 0.0f, 1.0f, TYPE_F32},
+        {{64, 0, 65}, 2, 0.1f, 0.25f, TYPE_BF16},
+        {{151, 1134, 7}, 1000, 0.01f, 1e-3f, TYPE_F16},
+        {{70001, 33000, 17}, 7, 0.1f, 0.5f, TYPE_BF16},
     };
     for (int i = 0; i < 4; i++)
         compare_backends(optimizer_case, &cases[i], "optimizer step %lld", (long long)cases[i].step);
