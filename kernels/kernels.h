@@ -339,8 +339,11 @@ struct head_args {
     int32_t n_top;          /* 0..KERNEL_TOP_MAX */
     int32_t *top_ids;       /* [rows,n_top], descending, ties to the lowest id; or NULL */
     float *top_logprobs;    /* [rows,n_top] */
-    void *d_hidden;         /* [rows,d_model] or NULL */
-    float *d_weight;        /* [vocab,d_model] accumulates, or NULL */
+    double
+        *loss_sum; /* one number: accumulates -log p(target) over counted rows, in a fixed order; or NULL */
+    int64_t *n_correct; /* one number: accumulates counted rows whose argmax is their target; or NULL */
+    void *d_hidden;     /* [rows,d_model] or NULL */
+    float *d_weight;    /* [vocab,d_model] accumulates, or NULL */
     float grad_scale;
     void *workspace;
     int64_t workspace_bytes;

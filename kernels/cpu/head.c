@@ -34,12 +34,15 @@ struct chunk {
     float *hidden;    /* [count,d_model], gathered */
     float *d_hidden;  /* [count,d_model], to be scattered */
     int64_t *sources; /* [count]: row of the caller */
+    float *logprobs;  /* [count]: of the target; 0 when ignored */
+    int32_t *argmax;  /* [count] */
 };
 
 int64_t CPU_NAME(cpu_head_workspace)(int64_t rows, int64_t d_model, int64_t vocab, bool backward)
 {
     int64_t row_floats = vocab + d_model * (backward ? 2 : 1);
-    return chunk_rows(rows, vocab) * (row_floats * (int64_t)sizeof(float) + (int64_t)sizeof(int64_t));
+    int64_t scores = (int64_t)(sizeof(int64_t) + sizeof(float) + sizeof(int32_t));
+    return chunk_rows(rows, vocab) * (row_floats * (int64_t)sizeof(float) + scores);
 }
 
 static void chunk_carve(struct chunk *k)
@@ -47,7 +50,9 @@ static void chunk_carve(struct chunk *k)
     const struct head_args *g = k->args;
     int64_t rows = chunk_rows(g->rows, g->vocab);
     k->sources = g->workspace;
-    k->logits = (float *)(void *)(k->sources + rows);
+    k->logprobs = (float *)(void *)(k->sources + rows);
+    k->argmax = (int32_t *)(void *)(k->logprobs + rows);
+    k->logits = (float *)(void *)(k->argmax + rows);
     k->hidden = k->logits + rows * g->vocab;
     k->d_hidden = k->hidden + rows * g->d_model;
 }
@@ -149,9 +154,10 @@ static void row_task(void *arg, int64_t index, int thread)
     struct top top = {.wanted = g->top_ids != NULL ? g->n_top : 0};
 
     float max = row_max(logits, g->vocab);
-    if (g->argmax != NULL)
-        g->argmax[row] = row_find(logits, g->vocab, max);
+    if (g->argmax != NULL || g->n_correct != NULL)
+        k->argmax[index] = row_find(logits, g->vocab, max);
     if (target < 0) {
+        k->logprobs[index] = 0.0f;
         if (gradient)
             memset(logits, 0, (size_t)g->vocab * sizeof(float));
         return;
@@ -160,8 +166,7 @@ static void row_task(void *arg, int64_t index, int thread)
         row_top(logits, g->vocab, &top);
     float target_logit = logits[target];
     float sum = row_exp(logits, g->vocab, max), log_sum = logf(sum);
-    if (g->logprobs != NULL)
-        g->logprobs[row] = (target_logit - max) - log_sum;
+    k->logprobs[index] = (target_logit - max) - log_sum;
     for (int32_t i = 0; i < top.count; i++) {
         g->top_ids[row * g->n_top + i] = top.ids[i];
         g->top_logprobs[row * g->n_top + i] = (top.logits[i] - max) - log_sum;
@@ -174,6 +179,23 @@ static void row_task(void *arg, int64_t index, int thread)
         for (; j < g->vocab; j++)
             logits[j] *= scale;
         logits[target] -= g->grad_scale;
+    }
+}
+
+/* What the rows of a chunk came to, in order. */
+static void chunk_scores(const struct chunk *k)
+{
+    const struct head_args *g = k->args;
+    for (int64_t i = 0; i < k->count; i++) {
+        int64_t row = k->sources[i];
+        if (g->logprobs != NULL)
+            g->logprobs[row] = k->logprobs[i];
+        if (g->loss_sum != NULL)
+            *g->loss_sum -= (double)k->logprobs[i];
+        if (g->argmax != NULL)
+            g->argmax[row] = k->argmax[i];
+        if (g->n_correct != NULL)
+            *g->n_correct += k->argmax[i] == g->targets[row];
     }
 }
 
@@ -191,6 +213,7 @@ static int chunk_run(struct kernel_device *device, struct chunk *k)
     if (status != KERNEL_OK)
         return status;
     cpu_parallel(device, k->count, row_task, k);
+    chunk_scores(k);
 
     if (g->d_hidden != NULL) {
         struct gemm_args back = {.m = k->count, .n = g->d_model, .k = g->vocab, .alpha = 1.0f};

@@ -104,6 +104,10 @@ static void head_row_outputs(const struct head_args *h, int64_t t, const float *
         h->logprobs[t] = target < 0 ? 0.0f : (float)((double)logits[target] - total);
     if (h->argmax != NULL)
         h->argmax[t] = next_best(logits, h->vocab, -1);
+    if (h->loss_sum != NULL && target >= 0)
+        *h->loss_sum -= (double)logits[target] - total;
+    if (h->n_correct != NULL && target >= 0)
+        *h->n_correct += next_best(logits, h->vocab, -1) == target;
     int32_t id = -1;
     for (int32_t i = 0; h->top_ids != NULL && i < h->n_top; i++) {
         id = target < 0 ? 0 : next_best(logits, h->vocab, id);

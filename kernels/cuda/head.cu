@@ -12,6 +12,9 @@ enum {
     CHUNK_ROWS_LEAST = 64,
 };
 constexpr int64_t CHUNK_BYTES = (int64_t)192 << 20; /* of logits, wanted */
+/* The gradient of the logits is kept times this, and the products multiply by grad_scale over it, so that what F16 can
+ * hold of it (2^-32 of a probability and more) does not depend on grad_scale. */
+constexpr float GRADIENT_UNIT = 256.0f;
 
 int64_t chunk_rows(int64_t rows, int64_t vocab)
 {
@@ -69,33 +72,43 @@ __device__ struct candidate next_best(const float *logits, int64_t vocab, struct
     return block_best(best);
 }
 
-/* dlogits = grad_scale (softmax - one at the target), in the first halves of the logits' own bytes when T is narrower:
+/* dlogits = GRADIENT_UNIT (softmax - one at the target), in the first halves of the logits' own bytes when T is narrower:
  * every element is read before the write that covers it, since a write never runs ahead of the reads. */
-template <typename T>
-__device__ void write_gradient(float *logits, int64_t vocab, int32_t target, float max, float scale,
-                               float grad_scale)
+template <typename T, int N>
+__device__ void write_gradient(float *logits, int64_t vocab, int32_t target, float max, float sum)
 {
     T *to = (T *)(void *)logits;
     bool zero = target < 0 || target >= vocab;
-    for (int64_t base = 0; base < vocab; base += ROW_THREADS) {
-        int64_t j = base + threadIdx.x;
-        float g = 0.0f;
+    float scale = GRADIENT_UNIT / sum;
+    for (int64_t base = 0; base < vocab; base += ROW_THREADS * N) {
+        int64_t j = base + threadIdx.x * N;
+        float g[N] = {};
         if (j < vocab && !zero) {
-            g = scale * __expf(logits[j] - max);
-            if (j == target)
-                g -= grad_scale;
+            load_pack(logits + j, g);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                g[i] = scale * __expf(g[i] - max);
+                if (j + i == target)
+                    g[i] -= GRADIENT_UNIT;
+            }
         }
         if (sizeof(T) < sizeof(float))
             __syncthreads();
         if (j < vocab)
-            to[j] = from_float<T>(g);
+            store_pack(to + j, g);
     }
 }
 
-/* logits: [gridDim.x,vocab], rows from first_row on of the caller's. */
-template <typename T>
-__global__ void __launch_bounds__(ROW_THREADS)
-    row_kernel(struct head_args h, float *all_logits, int64_t first_row)
+/* What rows came to, for the sums. */
+struct scores {
+    float *logprobs; /* [rows]: of the target; 0 where it is ignored */
+    int32_t *right;  /* [rows]: 1 where the target is the argmax */
+};
+
+/* logits: [gridDim.x,vocab], rows from first_row on of the caller's. N: elements at a time. */
+template <typename T, int N>
+__global__ void __launch_bounds__(ROW_THREADS, 1024 / ROW_THREADS)
+    row_kernel(struct head_args h, struct scores scores, float *all_logits, int64_t first_row)
 {
     int64_t row = first_row + blockIdx.x, vocab = h.vocab;
     float *logits = all_logits + blockIdx.x * vocab;
@@ -104,31 +117,38 @@ __global__ void __launch_bounds__(ROW_THREADS)
     bool scored = target >= 0 && target < vocab;
 
     /* Largest logit and sum of exponentials in one pass. */
-    struct candidate best = {0.0f, -1};
-    float max = -INFINITY, sum = 0.0f;
-    for (int32_t j = (int32_t)threadIdx.x; j < vocab; j += ROW_THREADS) {
-        struct candidate one = {logits[j], j};
-        if (better(one, best))
-            best = one;
-        if (one.logit > max) {
-            sum = sum * __expf(max - one.logit) + 1.0f;
-            max = one.logit;
-        } else {
-            sum += one.logit == max ? 1.0f : __expf(one.logit - max);
-        }
+    struct candidate best = {-INFINITY, -1};
+    float sum = 0.0f;
+#pragma unroll 3
+    for (int32_t j = (int32_t)threadIdx.x * N; j < vocab; j += ROW_THREADS * N) {
+        float v[N], before = best.logit;
+        load_pack(logits + j, v);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (v[i] > best.logit || (best.id < 0 && v[i] == best.logit))
+                best = {v[i], j + i};
+        if (best.logit > before)
+            sum *= __expf(before - best.logit);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            sum += v[i] == best.logit ? 1.0f : __expf(v[i] - best.logit);
     }
+    float max = best.logit;
     best = block_best(best);
-    if (sum > 0.0f && max != best.logit)
+    if (max != best.logit)
         sum *= __expf(max - best.logit);
     max = best.logit;
     sum = block_sum<ROW_THREADS>(sum);
     float log_sum = logf(sum);
 
     if (threadIdx.x == 0) {
+        float logprob = scored ? (logits[target] - max) - log_sum : target < 0 ? 0.0f : NAN;
         if (h.argmax != NULL)
             h.argmax[row] = best.id < 0 ? 0 : best.id;
         if (h.logprobs != NULL)
-            h.logprobs[row] = scored ? (logits[target] - max) - log_sum : target < 0 ? 0.0f : NAN;
+            h.logprobs[row] = logprob;
+        scores.logprobs[row] = logprob;
+        scores.right[row] = best.id == target;
     }
     struct candidate top = {0.0f, -1};
     for (int32_t i = 0; h.top_ids != NULL && i < h.n_top; i++) {
@@ -141,8 +161,26 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
     if (gradient) {
         __syncthreads(); /* thread 0 has read the target's logit */
-        write_gradient<T>(logits, vocab, target, max, h.grad_scale / sum, h.grad_scale);
+        write_gradient<T, N>(logits, vocab, target, max, sum);
     }
+}
+
+/* One block, so that the order of the sum follows from the number of rows alone. */
+__global__ void __launch_bounds__(ROW_THREADS)
+    sum_kernel(struct scores scores, int64_t rows, double *loss_sum, int64_t *n_correct)
+{
+    double loss = 0;
+    int64_t right = 0;
+    for (int64_t row = threadIdx.x; row < rows; row += ROW_THREADS) {
+        loss -= (double)scores.logprobs[row];
+        right += scores.right[row];
+    }
+    loss = block_sum<ROW_THREADS>(loss);
+    right = block_sum<ROW_THREADS>(right);
+    if (threadIdx.x == 0 && loss_sum != NULL)
+        *loss_sum += loss;
+    if (threadIdx.x == 0 && n_correct != NULL)
+        *n_correct += right;
 }
 
 /* ---- chunks ---- */
@@ -158,16 +196,38 @@ struct matrix {
     bool transposed;
 };
 
-/* Row-major C[m,n] = op(A) op(B) + beta C, A and B of one type, C of another. See gemm.cu. */
+/* Row-major C[m,n] = alpha op(A) op(B) + beta C, A and B of one type, C of another. See gemm.cu. */
 int product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struct matrix a, struct matrix b,
-            enum kernel_type type, void *c, enum kernel_type c_type, float beta)
+            enum kernel_type type, float alpha, void *c, enum kernel_type c_type, float beta)
 {
-    const float alpha = 1.0f;
     return cuda_check_blas(
         device, device->cublas->gemm_ex(device->blas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
                                         a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, &alpha, b.p,
                                         blas_type(type), b.stride, a.p, blas_type(type), a.stride, &beta, c,
                                         blas_type(c_type), n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+/* The workspace: scores of all rows, then the logits of a chunk. */
+int64_t scores_bytes(int64_t rows)
+{
+    return divide_up(rows * (int64_t)(sizeof(float) + sizeof(int32_t)), 256) * 256;
+}
+
+struct scores scores_of(const struct head_args *h)
+{
+    float *logprobs = (float *)h->workspace;
+    return {logprobs, (int32_t *)(logprobs + h->rows)};
+}
+
+template <typename T>
+void launch_rows(struct kernel_device *device, const struct head_args *h, float *logits, int64_t first,
+                 int64_t rows)
+{
+    constexpr int N = 8;
+    if (h->vocab % N == 0 && cuda_aligned(logits, h->vocab))
+        row_kernel<T, N><<<(unsigned)rows, ROW_THREADS, 0, device->stream>>>(*h, scores_of(h), logits, first);
+    else
+        row_kernel<T, 1><<<(unsigned)rows, ROW_THREADS, 0, device->stream>>>(*h, scores_of(h), logits, first);
 }
 
 /* weight: of the type of the activations. */
@@ -176,21 +236,21 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const voi
 {
     int64_t size = (int64_t)kernel_type_size(h->act), d = h->d_model, vocab = h->vocab;
     const void *hidden = (const char *)h->hidden + first * d * size;
-    float *logits = (float *)h->workspace;
-    int status = product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, logits,
+    float *logits = (float *)((char *)h->workspace + scores_bytes(h->rows));
+    int status = product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, 1.0f, logits,
                          TYPE_F32, 0.0f);
     if (status != KERNEL_OK)
         return status;
-    CUDA_WITH_TYPE(h->act, T,
-                   row_kernel<T><<<(unsigned)rows, ROW_THREADS, 0, device->stream>>>(*h, logits, first));
+    CUDA_WITH_TYPE(h->act, T, launch_rows<T>(device, h, logits, first, rows));
     status = cuda_launched(device);
+    float scale = h->grad_scale / GRADIENT_UNIT;
     int64_t grad_stride = vocab * (int64_t)sizeof(float) / size; /* the gradients keep the logits' rows */
     if (h->d_hidden != NULL && status == KERNEL_OK)
         status = product(device, rows, d, vocab, {logits, grad_stride, false}, {weight, d, false}, h->act,
-                         (char *)h->d_hidden + first * d * size, h->act, 0.0f);
+                         scale, (char *)h->d_hidden + first * d * size, h->act, 0.0f);
     if (h->d_weight != NULL && status == KERNEL_OK)
         status = product(device, vocab, d, rows, {logits, grad_stride, true}, {hidden, d, false}, h->act,
-                         h->d_weight, TYPE_F32, 1.0f);
+                         scale, h->d_weight, TYPE_F32, 1.0f);
     return status;
 }
 
@@ -200,7 +260,7 @@ int64_t cuda_head_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool b
 {
     (void)d_model;
     (void)backward;
-    return chunk_rows(rows, vocab) * vocab * (int64_t)sizeof(float);
+    return scores_bytes(rows) + chunk_rows(rows, vocab) * vocab * (int64_t)sizeof(float);
 }
 
 int cuda_head(struct kernel_device *device, const struct head_args *h)
@@ -229,5 +289,9 @@ int cuda_head(struct kernel_device *device, const struct head_args *h)
     int64_t chunk = chunk_rows(h->rows, h->vocab);
     for (int64_t first = 0; first < h->rows && status == KERNEL_OK; first += chunk)
         status = chunk_run(device, h, weight, first, h->rows - first < chunk ? h->rows - first : chunk);
+    if (status == KERNEL_OK && (h->loss_sum != NULL || h->n_correct != NULL)) {
+        sum_kernel<<<1, ROW_THREADS, 0, device->stream>>>(scores_of(h), h->rows, h->loss_sum, h->n_correct);
+        status = cuda_launched(device);
+    }
     return status;
 }

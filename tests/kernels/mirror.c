@@ -186,7 +186,7 @@ MIRROR(scan_forward, A(x), A(dt), R(a), A(b), A(c), R(d), R(dt_bias), A(z), R(in
 MIRROR(scan_backward, A(x), A(dt), A(b), A(c), A(z), R(a), R(d), R(dt_bias), R(chunk_states), A(dy), A(dx),
        A(ddt), A(dz), A(db), A(dc), A(y), R(da_log), R(dd), R(ddt_bias), R(workspace))
 MIRROR(head, A(hidden), R(weight), R(targets), R(logprobs), R(argmax), R(top_ids), R(top_logprobs),
-       A(d_hidden), R(d_weight), R(workspace))
+       R(loss_sum), R(n_correct), A(d_hidden), R(d_weight), R(workspace))
 
 static int mirror_scan_prepare(struct kernel_device *device, const struct scan_prepare_args *args)
 {

@@ -27,6 +27,10 @@ static void head_case(struct session *s, const void *param)
         }
         inputs_settle(s);
     }
+    double *loss_sum = scratch_bytes(s, "loss_sum", sizeof(double));
+    int64_t *n_correct = scratch_bytes(s, "n_correct", sizeof(int64_t));
+    *loss_sum = 1.5; /* both accumulate */
+    *n_correct = 3;
     int64_t workspace = s->ops->head_workspace(p->rows, p->d_model, p->vocab, p->backward);
     struct head_args h = {
         .rows = p->rows,
@@ -41,6 +45,8 @@ static void head_case(struct session *s, const void *param)
         .n_top = p->n_top,
         .top_ids = p->n_top > 0 ? output_ids(s, "top_ids", p->rows * p->n_top) : NULL,
         .top_logprobs = p->n_top > 0 ? output_floats(s, "top_logprobs", p->rows * p->n_top, SUMMED) : NULL,
+        .loss_sum = p->scores ? loss_sum : NULL,
+        .n_correct = p->scores ? n_correct : NULL,
         .d_hidden = p->backward ? output_floats(s, "d_hidden", p->rows * p->d_model, SUMMED) : NULL,
         .d_weight =
             p->d_weight ? accumulated_rows(s, "d_weight", p->vocab, p->d_model, p->d_model, SUMMED) : NULL,
@@ -48,7 +54,11 @@ static void head_case(struct session *s, const void *param)
         .workspace = scratch_bytes(s, "workspace", workspace),
         .workspace_bytes = workspace,
     };
+    float *loss = output_floats(s, "loss", 1, SUMMED);
+    int32_t *correct = output_ids(s, "correct", 1);
     assert_int_equal(s->ops->head(s->device, &h), KERNEL_OK);
+    *loss = (float)*loss_sum;
+    *correct = (int32_t)*n_correct;
 }
 
 static void test_head(void **state)
