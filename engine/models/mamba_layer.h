@@ -1,0 +1,43 @@
+/* mamba_layer.h: one Mamba-1 layer forward, as training and inference run it. */
+#ifndef ENGINE_MODELS_MAMBA_LAYER_H
+#define ENGINE_MODELS_MAMBA_LAYER_H
+
+#include "engine/models/mamba.h"
+
+/* Where one layer reads and writes. */
+struct layer_flow {
+    const struct model *model;
+    const struct adapter *adapter; /* its weights, and its LoRA unless `runner` applies several */
+    struct runner *runner;         /* NULL in training */
+    const struct forward_part *part;
+    struct linear_context linear;
+    int64_t layer, rows;
+    int32_t n_seqs;
+    const int32_t *seq_starts;
+    struct state_view conv_state, scan_state;
+    const float *x;        /* what is added to the residual stream, or NULL */
+    const float *residual; /* may be residual_out */
+    float *residual_out, *rstd, *normed, *xz, *xc, *x_dbl, *dt, *chunk_states, *y, *output;
+    float *u; /* [projections that LoRA adapts][max tokens][rank] of this layer, in training */
+    int64_t u_stride;
+};
+
+/* All of it, from the residual stream to `output`. Every function here returns a kernel_status. */
+int layer_forward(const struct layer_flow *flow);
+
+/* Its parts, which the backward runs again. */
+int layer_norm(const struct layer_flow *flow, const float *weight);
+/* xc from xz. */
+int layer_convolve(const struct layer_flow *flow);
+/* dt from x_dbl. */
+int layer_project_dt(const struct layer_flow *flow);
+
+/* An fp32 tensor of the layer; NULL where the config has none. */
+const float *layer_weight(const struct layer_flow *flow, enum layer_tensor kind);
+const float *layer_norm_f(const struct layer_flow *flow);
+/* The projection that `which` adapts, bound to its weights and adapter. */
+void layer_linear(const struct layer_flow *flow, enum lora_target which, struct linear *ret_linear);
+/* Where the rank products of one projection are kept in training; NULL where there are none. */
+float *layer_u(const struct layer_flow *flow, enum lora_target which);
+
+#endif
