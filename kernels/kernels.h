@@ -108,7 +108,7 @@ struct lora_backward_args {
     int64_t dy_stride;
     void *dx; /* [rows,in], accumulates, or NULL */
     int64_t dx_stride;
-    float *da; /* [rank,in] accumulates */
+    float *da; /* [rank,in] accumulates, or NULL and db with it */
     float *db; /* [out,rank] accumulates */
     float *du; /* [rows,rank] scratch */
     enum kernel_type act;

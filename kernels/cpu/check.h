@@ -57,8 +57,9 @@ static inline int check_lora_forward(const struct lora_forward_args *l)
 
 static inline int check_lora_backward(const struct lora_backward_args *l)
 {
-    return check_valid(l->rows >= 0 && l->in >= 0 && l->out >= 0 && l->rank > 0 && l->x_stride >= l->in &&
-                           l->dy_stride >= l->out && (l->dx == NULL || l->dx_stride >= l->in) &&
+    return check_valid(l->rows >= 0 && l->in >= 0 && l->out >= 0 && l->rank > 0 &&
+                           (l->da == NULL || l->x_stride >= l->in) && l->dy_stride >= l->out &&
+                           (l->dx == NULL || l->dx_stride >= l->in) && (l->da == NULL) == (l->db == NULL) &&
                            dropout_valid(l->dropout),
                        l->act);
 }

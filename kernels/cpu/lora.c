@@ -279,7 +279,8 @@ int CPU_NAME(cpu_lora_backward)(struct kernel_device *device, const struct lora_
     turn_b(g->b, g->out, g->rank, cpu_scratch(device, 0));
     f.turned = cpu_scratch(device, 0);
     cpu_parallel(device, blocks_of(g->rows, BLOCK_ROWS), rows_task, &f);
-    cpu_parallel(device, blocks_of(g->in, BLOCK_COLUMNS) + blocks_of(g->out, BLOCK_COLUMNS), columns_task,
-                 &f);
+    if (g->da != NULL)
+        cpu_parallel(device, blocks_of(g->in, BLOCK_COLUMNS) + blocks_of(g->out, BLOCK_COLUMNS), columns_task,
+                     &f);
     return KERNEL_OK;
 }

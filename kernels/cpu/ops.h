@@ -14,6 +14,9 @@ void CPU_NAME(cpu_convert)(void *to, enum kernel_type to_type, const void *from,
 int CPU_NAME(cpu_gemm)(struct kernel_device *device, const struct gemm_args *args);
 int CPU_NAME(cpu_lora_forward)(struct kernel_device *device, const struct lora_forward_args *args);
 int CPU_NAME(cpu_lora_backward)(struct kernel_device *device, const struct lora_backward_args *args);
+int64_t CPU_NAME(cpu_linear_workspace)(int64_t rows, int64_t in, int64_t out, int64_t rank);
+int CPU_NAME(cpu_linear_forward)(struct kernel_device *device, const struct linear_forward_args *args);
+int CPU_NAME(cpu_linear_backward)(struct kernel_device *device, const struct linear_backward_args *args);
 int CPU_NAME(cpu_embedding_forward)(struct kernel_device *device, const struct embedding_forward_args *args);
 int CPU_NAME(cpu_embedding_backward)(struct kernel_device *device,
                                      const struct embedding_backward_args *args);

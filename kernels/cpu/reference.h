@@ -10,6 +10,9 @@ int reference_cast(struct kernel_device *device, void *to, enum kernel_type to_t
 int reference_gemm(struct kernel_device *device, const struct gemm_args *args);
 int reference_lora_forward(struct kernel_device *device, const struct lora_forward_args *args);
 int reference_lora_backward(struct kernel_device *device, const struct lora_backward_args *args);
+int64_t reference_linear_workspace(int64_t rows, int64_t in, int64_t out, int64_t rank);
+int reference_linear_forward(struct kernel_device *device, const struct linear_forward_args *args);
+int reference_linear_backward(struct kernel_device *device, const struct linear_backward_args *args);
 int reference_embedding_forward(struct kernel_device *device, const struct embedding_forward_args *args);
 int reference_embedding_backward(struct kernel_device *device, const struct embedding_backward_args *args);
 int reference_rmsnorm_forward(struct kernel_device *device, const struct rmsnorm_forward_args *args);

@@ -1,6 +1,6 @@
-/* reference_linear.c: matrix product, low-rank path, embedding. See reference.c. */
-#include "kernels/cpu/check.h"
+/* reference_linear.c: matrix product, low-rank path, linear layer, embedding. See reference.c. */
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/linear.h"
 #include "kernels/cpu/reference.h"
 
 int reference_gemm(struct kernel_device *device, const struct gemm_args *g)
@@ -129,11 +129,70 @@ int reference_lora_backward(struct kernel_device *device, const struct lora_back
     if (status != KERNEL_OK)
         return status;
     lora_backward_du(l);
-    lora_backward_db(l);
-    lora_backward_da(l);
+    if (l->da != NULL) {
+        lora_backward_db(l);
+        lora_backward_da(l);
+    }
     if (l->dx != NULL)
         lora_backward_dx(l);
     return KERNEL_OK;
+}
+
+int64_t reference_linear_workspace(int64_t rows, int64_t in, int64_t out, int64_t rank)
+{
+    (void)in;
+    (void)out;
+    return linear_du_bytes(rows, rank);
+}
+
+int reference_linear_forward(struct kernel_device *device, const struct linear_forward_args *f)
+{
+    const struct linear_layer *layer = &f->layer;
+    int status = check_linear_forward(f);
+    if (status != KERNEL_OK)
+        return status;
+    float *y = f->y;
+    for (int64_t t = 0; layer->bias != NULL && t < f->rows; t++)
+        for (int64_t o = 0; o < layer->out; o++)
+            y[t * f->y_stride + o] = layer->bias[o];
+    struct gemm_args product = linear_forward_product(f, layer->bias != NULL ? 1.0f : 0.0f);
+    status = reference_gemm(device, &product);
+    if (status != KERNEL_OK || layer->rank == 0)
+        return status;
+    struct lora_forward_args lora = linear_forward_lora(f);
+    return reference_lora_forward(device, &lora);
+}
+
+static void linear_dbias(const struct linear_backward_args *b)
+{
+    const float *dy = b->dy;
+    for (int64_t o = 0; o < b->layer.out; o++) {
+        double sum = 0;
+        for (int64_t t = 0; t < b->rows; t++)
+            sum += (double)dy[t * b->dy_stride + o];
+        b->dbias[o] = (float)((double)b->dbias[o] + sum);
+    }
+}
+
+int reference_linear_backward(struct kernel_device *device, const struct linear_backward_args *b)
+{
+    int status = check_linear_backward(b);
+    if (status != KERNEL_OK)
+        return status;
+    if (b->dweight != NULL) {
+        struct gemm_args product = linear_dweight_product(b);
+        status = reference_gemm(device, &product);
+    }
+    if (status == KERNEL_OK && b->dbias != NULL)
+        linear_dbias(b);
+    if (status == KERNEL_OK && b->dx != NULL) {
+        struct gemm_args product = linear_dx_product(b, b->accumulate ? 1.0f : 0.0f);
+        status = reference_gemm(device, &product);
+    }
+    if (status != KERNEL_OK || b->layer.rank == 0)
+        return status;
+    struct lora_backward_args lora = linear_backward_lora(b);
+    return reference_lora_backward(device, &lora);
 }
 
 int reference_embedding_forward(struct kernel_device *device, const struct embedding_forward_args *e)

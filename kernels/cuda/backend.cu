@@ -20,6 +20,9 @@ static struct kernel_ops make_ops(void)
     ops.gemm = cuda_gemm;
     ops.lora_forward = cuda_lora_forward;
     ops.lora_backward = cuda_lora_backward;
+    ops.linear_workspace = cuda_linear_workspace;
+    ops.linear_forward = cuda_linear_forward;
+    ops.linear_backward = cuda_linear_backward;
     ops.embedding_forward = cuda_embedding_forward;
     ops.embedding_backward = cuda_embedding_backward;
     ops.rmsnorm_forward = cuda_rmsnorm_forward;

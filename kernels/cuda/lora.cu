@@ -9,6 +9,7 @@
  * again wherever it is needed and never stored. */
 #include "kernels/cuda/vector.cuh"
 
+#include "kernels/linear.h"
 #include "kernels/philox.h"
 
 namespace
@@ -89,9 +90,9 @@ __device__ __forceinline__ void load_weights(const struct weights &w, int64_t fi
 
 /* low[row][r] = scale * sum over columns of mask * wide[row] * weight[r]. SPLIT: the warps of a block share its rows
  * and divide the columns, otherwise every warp has rows of its own. */
-template <typename T, bool BY_COLUMN, bool SPLIT>
+template <typename T, typename L, bool BY_COLUMN, bool SPLIT>
 __global__ void __launch_bounds__(SPLIT ? SPLIT_THREADS : BLOCK_THREADS)
-    project_kernel(struct wide x, struct weights w, struct dropout d, float scale, float *low)
+    project_kernel(struct wide x, struct weights w, struct dropout d, float scale, L *low)
 {
     constexpr int THREADS = SPLIT ? SPLIT_THREADS : BLOCK_THREADS, WARPS = THREADS / WARP;
     __shared__ float sums[WARPS][PROJECT_ROWS][RANKS];
@@ -137,13 +138,13 @@ __global__ void __launch_bounds__(SPLIT ? SPLIT_THREADS : BLOCK_THREADS)
     float total = sums[SPLIT ? 0 : warp][lane / RANKS][lane % RANKS];
     for (int i = 1; SPLIT && i < WARPS; i++)
         total += sums[i][lane / RANKS][lane % RANKS];
-    low[out_row * w.rank + rank] = scale * total;
+    low[out_row * w.rank + rank] = from_float<L>(scale * total);
 }
 
 /* wide[row] += mask * scale * sum over ranks of low[row][r] * weight[r]. */
-template <typename T, bool BY_COLUMN>
+template <typename T, typename L, bool BY_COLUMN>
 __global__ void __launch_bounds__(BLOCK_THREADS)
-    expand_kernel(struct wide y, struct weights w, struct dropout d, float scale, const float *low)
+    expand_kernel(struct wide y, struct weights w, struct dropout d, float scale, const L *low)
 {
     __shared__ float rows[EXPAND_ROWS][RANKS];
     int64_t row = (int64_t)blockIdx.x * EXPAND_ROWS;
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
         if (threadIdx.x < EXPAND_ROWS * RANKS) {
             int64_t from = row + threadIdx.x / RANKS, rank = first + threadIdx.x % RANKS;
             rows[threadIdx.x / RANKS][threadIdx.x % RANKS] =
-                from < y.rows && rank < w.rank ? low[from * w.rank + rank] : 0.0f;
+                from < y.rows && rank < w.rank ? to_float(low[from * w.rank + rank]) : 0.0f;
         }
         __syncthreads();
         float weight[RANKS][LANE_COLUMNS];
@@ -186,10 +187,10 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
 
 /* Of rows blockIdx.x * part_rows and on: part[r][c], or BY_COLUMN part[c][r], = scale * sum of low[row][r] * mask *
  * wide[row][c]. */
-template <typename T, bool BY_COLUMN>
+template <typename T, typename L, bool BY_COLUMN>
 __global__ void __launch_bounds__(BLOCK_THREADS)
-    outer_kernel(struct wide x, const float *low, int64_t rank, struct dropout d, float scale,
-                 int64_t part_rows, float *parts)
+    outer_kernel(struct wide x, const L *low, int64_t rank, struct dropout d, float scale, int64_t part_rows,
+                 float *parts)
 {
     constexpr int ROWS = 16; /* of low in shared memory at once */
     __shared__ float rows[ROWS][RANKS];
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
             int64_t from = row + threadIdx.x / RANKS, r = first + threadIdx.x % RANKS;
             static_assert(ROWS * RANKS == BLOCK_THREADS, "a thread an element");
             rows[threadIdx.x / RANKS][threadIdx.x % RANKS] =
-                from < end && r < rank ? low[from * rank + r] : 0.0f;
+                from < end && r < rank ? to_float(low[from * rank + r]) : 0.0f;
         }
         __syncthreads();
         if (c >= x.columns)
@@ -248,34 +249,34 @@ unsigned column_blocks(int64_t columns)
     return (unsigned)divide_up(columns, BLOCK_THREADS * LANE_COLUMNS);
 }
 
-template <typename T, bool BY_COLUMN>
+template <typename T, bool BY_COLUMN, typename L>
 void project(cudaStream_t stream, const struct wide &x, const float *weight, int64_t rank,
-             const struct dropout &d, float scale, float *low)
+             const struct dropout &d, float scale, L *low)
 {
     struct weights w = {weight, x.columns, rank};
     unsigned ranks = (unsigned)divide_up(rank, RANKS);
     if (x.rows < MANY_ROWS)
-        project_kernel<T, BY_COLUMN, true>
+        project_kernel<T, L, BY_COLUMN, true>
             <<<dim3((unsigned)divide_up(x.rows, PROJECT_ROWS), ranks), SPLIT_THREADS, 0, stream>>>(
                 x, w, d, scale, low);
     else
-        project_kernel<T, BY_COLUMN, false>
+        project_kernel<T, L, BY_COLUMN, false>
             <<<dim3((unsigned)divide_up(x.rows, PROJECT_ROWS * (BLOCK_THREADS / WARP)), ranks), BLOCK_THREADS,
                0, stream>>>(x, w, d, scale, low);
 }
 
-template <typename T, bool BY_COLUMN>
+template <typename T, bool BY_COLUMN, typename L>
 void expand(cudaStream_t stream, const struct wide &y, const float *weight, int64_t rank,
-            const struct dropout &d, float scale, const float *low)
+            const struct dropout &d, float scale, const L *low)
 {
     struct weights w = {weight, y.columns, rank};
     dim3 grid((unsigned)divide_up(y.rows, EXPAND_ROWS), column_blocks(y.columns));
-    expand_kernel<T, BY_COLUMN><<<grid, BLOCK_THREADS, 0, stream>>>(y, w, d, scale, low);
+    expand_kernel<T, L, BY_COLUMN><<<grid, BLOCK_THREADS, 0, stream>>>(y, w, d, scale, low);
 }
 
 /* sum += its gradient, [rank,columns] or BY_COLUMN [columns,rank]. */
-template <typename T, bool BY_COLUMN>
-int outer(struct kernel_device *device, const struct wide &x, const float *low, int64_t rank,
+template <typename T, bool BY_COLUMN, typename L>
+int outer(struct kernel_device *device, const struct wide &x, const L *low, int64_t rank,
           const struct dropout &d, float scale, float *sum)
 {
     int64_t part_rows = divide_up(x.rows, OUTER_PARTS_MOST), count = rank * x.columns;
@@ -287,7 +288,7 @@ int outer(struct kernel_device *device, const struct wide &x, const float *low, 
     if (status != KERNEL_OK)
         return status;
     dim3 grid((unsigned)n_parts, column_blocks(x.columns), (unsigned)divide_up(rank, RANKS));
-    outer_kernel<T, BY_COLUMN>
+    outer_kernel<T, L, BY_COLUMN>
         <<<grid, BLOCK_THREADS, 0, device->stream>>>(x, low, rank, d, scale, part_rows, (float *)parts);
     return cuda_add_parts(device, (float *)parts, n_parts, count, count, sum);
 }
@@ -308,7 +309,128 @@ template <typename T> int backward(struct kernel_device *device, const struct lo
     return status;
 }
 
+template <typename T> int linear_low_rank(struct kernel_device *device, const struct linear_backward_args *b)
+{
+    const struct linear_layer *l = &b->layer;
+    const struct dropout none = dropout_of(0.0f, 0, 0), d = dropout_of(l->dropout, l->seed, l->offset);
+    struct wide x = wide_of(b->x, b->x_stride, b->rows, l->in, b->act);
+    struct wide dy = wide_of(b->dy, b->dy_stride, b->rows, l->out, b->act);
+    float *du = (float *)b->workspace;
+    project<T, true>(device->stream, dy, l->b, l->rank, none, l->scale, du);
+    int status = KERNEL_OK;
+    if (b->db != NULL)
+        status = outer<T, true>(device, dy, (const T *)b->u, l->rank, none, l->scale, b->db);
+    if (status == KERNEL_OK && b->da != NULL && l->in > 0)
+        status = outer<T, false>(device, x, du, l->rank, d, 1.0f, b->da);
+    if (status == KERNEL_OK && b->dx != NULL && l->in > 0)
+        expand<T, false>(device->stream, wide_of(b->dx, b->dx_stride, b->rows, l->in, b->act), l->a, l->rank,
+                         d, 1.0f, du);
+    return status;
+}
+
+template <typename T>
+__global__ void bias_kernel(T *y, int64_t stride, int64_t rows, int64_t columns, const float *bias)
+{
+    int64_t c = (int64_t)blockIdx.x * BLOCK_THREADS + threadIdx.x;
+    for (int64_t row = blockIdx.y; row < rows && c < columns; row += gridDim.y)
+        y[row * stride + c] = from_float<T>(bias[c]);
+}
+
+/* part[c] of rows blockIdx.y * part_rows and on. */
+template <typename T>
+__global__ void dbias_kernel(const T *dy, int64_t stride, int64_t rows, int64_t columns, int64_t part_rows,
+                             float *parts)
+{
+    int64_t c = (int64_t)blockIdx.x * BLOCK_THREADS + threadIdx.x;
+    int64_t row = blockIdx.y * part_rows, end = min(row + part_rows, rows);
+    float sum = 0.0f;
+    if (c >= columns)
+        return;
+    for (; row < end; row++)
+        sum += to_float(dy[row * stride + c]);
+    parts[blockIdx.y * columns + c] = sum;
+}
+
+template <typename T> int add_dbias(struct kernel_device *device, const struct linear_backward_args *b)
+{
+    int64_t part_rows = divide_up(b->rows, OUTER_PARTS_MOST), n_parts = divide_up(b->rows, part_rows);
+    void *parts;
+    int status =
+        cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(n_parts * b->layer.out) * sizeof(float), &parts);
+    if (status != KERNEL_OK)
+        return status;
+    dim3 grid((unsigned)divide_up(b->layer.out, BLOCK_THREADS), (unsigned)n_parts);
+    dbias_kernel<<<grid, BLOCK_THREADS, 0, device->stream>>>((const T *)b->dy, b->dy_stride, b->rows,
+                                                             b->layer.out, part_rows, (float *)parts);
+    return cuda_add_parts(device, (float *)parts, n_parts, b->layer.out, b->layer.out, b->dbias);
+}
+
 } // namespace
+
+int64_t cuda_linear_workspace(int64_t rows, int64_t in, int64_t out, int64_t rank)
+{
+    (void)in;
+    (void)out;
+    return rows * rank * (int64_t)sizeof(float);
+}
+
+int cuda_linear_forward(struct kernel_device *device, const struct linear_forward_args *f)
+{
+    const struct linear_layer *l = &f->layer;
+    int status = cuda_enter(device);
+    if (status != KERNEL_OK)
+        return status;
+    if (!linear_forward_valid(f))
+        return KERNEL_INVALID;
+    if (!cuda_is_float(f->act) || !cuda_is_float(l->weight_type))
+        return KERNEL_UNSUPPORTED;
+    if (f->rows == 0 || l->out == 0)
+        return KERNEL_OK;
+    if (l->bias != NULL) {
+        dim3 grid((unsigned)divide_up(l->out, BLOCK_THREADS), (unsigned)(f->rows < 1024 ? f->rows : 1024));
+        CUDA_WITH_TYPE(f->act, T,
+                       bias_kernel<<<grid, BLOCK_THREADS, 0, device->stream>>>((T *)f->y, f->y_stride,
+                                                                               f->rows, l->out, l->bias));
+    }
+    struct gemm_args product = linear_forward_product(f, l->bias != NULL ? 1.0f : 0.0f);
+    status = cuda_gemm(device, &product);
+    if (status != KERNEL_OK || l->rank == 0)
+        return status;
+    struct wide x = wide_of(f->x, f->x_stride, f->rows, l->in, f->act),
+                y = wide_of(f->y, f->y_stride, f->rows, l->out, f->act);
+    CUDA_WITH_TYPE(f->act, T, {
+        project<T, false>(device->stream, x, l->a, l->rank, dropout_of(l->dropout, l->seed, l->offset), 1.0f,
+                          (T *)f->u);
+        expand<T, true>(device->stream, y, l->b, l->rank, dropout_of(0.0f, 0, 0), l->scale, (const T *)f->u);
+    });
+    return cuda_launched(device);
+}
+
+int cuda_linear_backward(struct kernel_device *device, const struct linear_backward_args *b)
+{
+    int status = cuda_enter(device);
+    if (status != KERNEL_OK)
+        return status;
+    if (!linear_backward_valid(b))
+        return KERNEL_INVALID;
+    if (!cuda_is_float(b->act) || !cuda_is_float(b->layer.weight_type))
+        return KERNEL_UNSUPPORTED;
+    if (b->rows == 0)
+        return KERNEL_OK;
+    if (b->dweight != NULL) {
+        struct gemm_args product = linear_dweight_product(b);
+        status = cuda_gemm(device, &product);
+    }
+    if (status == KERNEL_OK && b->dbias != NULL && b->layer.out > 0)
+        CUDA_WITH_TYPE(b->act, T, status = add_dbias<T>(device, b));
+    if (status == KERNEL_OK && b->dx != NULL) {
+        struct gemm_args product = linear_dx_product(b, b->accumulate ? 1.0f : 0.0f);
+        status = cuda_gemm(device, &product);
+    }
+    if (status == KERNEL_OK && b->layer.rank > 0 && b->layer.out > 0 && (b->dx != NULL || b->da != NULL))
+        CUDA_WITH_TYPE(b->act, T, status = linear_low_rank<T>(device, b));
+    return status == KERNEL_OK ? cuda_launched(device) : status;
+}
 
 int cuda_lora_forward(struct kernel_device *device, const struct lora_forward_args *a)
 {

@@ -9,8 +9,11 @@
  *     integers exactly,
  *   - the number of threads changes no bit.
  * With ADDERD_TEST_CUDA=1 the CUDA backend takes the CPU's place (mirror.h): with activations of each type, inputs
- * rounded to it for the reference as well, and twice, which must give the same bits. Tolerances there: the array's own
- * for F32, BF16_ERROR and F16_ERROR for the others, whose ids may differ where logits tie but for the rounding.
+ * rounded to it for the reference as well; with every other array 4 bytes off a cache line and with all of them on one,
+ * which take different paths; and twice, which must give the same bits. Tolerances there: the array's own for F32,
+ * BF16_ERROR and F16_ERROR for the others, whose ids may differ where logits tie but for the rounding.
+ * With ADDERD_TEST_SMALL=1 a case function runs with the first of its parameters and ever fewer of the following (the
+ * 1st, 2nd, 3rd, 5th, 9th ...), and not twice: for tools that slow it down a hundredfold.
  * Sentinels are NaN, so that reading one shows in the result as well. */
 #ifndef TESTS_KERNELS_HARNESS_H
 #define TESTS_KERNELS_HARNESS_H
@@ -39,6 +42,7 @@ struct block {
     enum kernel_type type;
     int64_t rows, columns, stride;
     double tolerance;
+    bool activation; /* see mark_activation */
     unsigned char *allocation;
     unsigned char *raw, *before; /* with guards; as it was when the case got it */
     size_t bytes;                /* between the guards */
@@ -53,6 +57,7 @@ struct session {
     const struct kernel_ops *ops;
     struct kernel_device *device;
     enum kernel_type act; /* of activations on the device; inputs are rounded to it */
+    bool aligned;         /* arrays begin on cache lines */
     uint64_t random;
     char label[128];
     struct block blocks[BLOCKS_MAX];
@@ -96,6 +101,9 @@ void *input_weights(struct session *session, const char *name, enum kernel_type 
                     int64_t columns, int64_t stride, float low, float high);
 /* Ids in low..high-1. */
 int32_t *input_ids(struct session *session, const char *name, int64_t count, int32_t low, int32_t high);
+/* Where an op takes an array of either kind (a product's second factor and its result), it is fp32 or a weight unless
+ * marked: this one has the type of the activations. */
+void mark_activation(struct session *session, const void *array);
 /* For a case that changed its inputs: what they hold now is what the op must leave alone. */
 void inputs_settle(struct session *session);
 float *output_floats(struct session *session, const char *name, int64_t count, double tolerance);

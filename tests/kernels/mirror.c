@@ -150,6 +150,14 @@ static void *mirrored(const void *pointer, bool activation)
     return NULL;
 }
 
+static bool is_activation(const void *pointer)
+{
+    for (int i = 0; i < current->n_blocks; i++)
+        if (current->blocks[i].raw + GUARD_BYTES == pointer)
+            return current->blocks[i].activation;
+    return false;
+}
+
 static int finish(int status)
 {
     int waited = kernels_cuda()->synchronize(the_device);
@@ -172,9 +180,11 @@ static int finish(int status)
         return finish(kernels_cuda()->op(device, &m));                                                       \
     }
 
-MIRROR(gemm, A(a), R(b), A(c))
 MIRROR(lora_forward, A(x), R(a), R(b), R(u), A(y))
 MIRROR(lora_backward, A(x), R(a), R(b), R(u), A(dy), A(dx), R(da), R(db), R(du))
+MIRROR(linear_forward, A(x), R(layer.weight), R(layer.bias), R(layer.a), R(layer.b), A(u), A(y), R(workspace))
+MIRROR(linear_backward, A(x), A(dy), A(u), A(dx), R(layer.weight), R(layer.a), R(layer.b), R(dweight),
+       R(dbias), R(da), R(db), R(workspace))
 MIRROR(embedding_forward, R(ids), R(table), R(lora_a), R(lora_b), A(y))
 MIRROR(embedding_backward, R(ids), A(dy), R(dtable), R(lora_a), R(lora_b), R(da), R(db))
 MIRROR(rmsnorm_forward, A(x), R(residual), R(weight), R(residual_out), A(y), R(rstd))
@@ -187,6 +197,18 @@ MIRROR(scan_backward, A(x), A(dt), A(b), A(c), A(z), R(a), R(d), R(dt_bias), R(c
        A(ddt), A(dz), A(db), A(dc), A(y), R(da_log), R(dd), R(ddt_bias), R(workspace))
 MIRROR(head, A(hidden), R(weight), R(targets), R(logprobs), R(argmax), R(top_ids), R(top_logprobs),
        R(loss_sum), R(n_correct), A(d_hidden), R(d_weight), R(workspace))
+
+static int mirror_gemm(struct kernel_device *device, const struct gemm_args *args)
+{
+    struct gemm_args m = *args;
+    m.act = args->act == TYPE_F32 ? current->act : args->act;
+    m.b_type = is_activation(args->b) ? m.act : args->b_type;
+    m.c_type = is_activation(args->c) ? m.act : TYPE_F32;
+    A(a);
+    m.b = mirrored(args->b, is_activation(args->b));
+    m.c = mirrored(args->c, is_activation(args->c));
+    return finish(kernels_cuda()->gemm(device, &m));
+}
 
 static int mirror_scan_prepare(struct kernel_device *device, const struct scan_prepare_args *args)
 {
@@ -267,6 +289,8 @@ const struct kernel_ops *mirror_ops(void)
     ops.gemm = mirror_gemm;
     ops.lora_forward = mirror_lora_forward;
     ops.lora_backward = mirror_lora_backward;
+    ops.linear_forward = mirror_linear_forward;
+    ops.linear_backward = mirror_linear_backward;
     ops.embedding_forward = mirror_embedding_forward;
     ops.embedding_backward = mirror_embedding_backward;
     ops.rmsnorm_forward = mirror_rmsnorm_forward;

@@ -255,6 +255,15 @@ static void test_refusals(void **state)
             .rows = 1, .in = 1, .out = 1, .rank = 1, .x_stride = 1, .y_stride = 1};
         lora.dropout = 1.0f;
         assert_int_equal(s.ops->lora_forward(s.device, &lora), KERNEL_INVALID);
+        struct linear_forward_args linear = {
+            .rows = 1, .layer = {.in = 2, .out = 1}, .x_stride = 1, .y_stride = 1};
+        assert_int_equal(s.ops->linear_forward(s.device, &linear), KERNEL_INVALID);
+        linear.x_stride = 2;
+        linear.act = TYPE_F16;
+        assert_int_equal(s.ops->linear_forward(s.device, &linear), KERNEL_UNSUPPORTED);
+        struct linear_backward_args back = {.rows = 1, .layer = {.in = 1, .out = 1}, .dy_stride = 1};
+        back.dx = &s;
+        assert_int_equal(s.ops->linear_backward(s.device, &back), KERNEL_INVALID);
         struct rmsnorm_forward_args norm = {.rows = -1, .d = 4};
         assert_int_equal(s.ops->rmsnorm_forward(s.device, &norm), KERNEL_INVALID);
         struct conv_forward_args conv = {.tokens = 2, .n_seqs = 2, .seq_starts = starts, .width = 4};

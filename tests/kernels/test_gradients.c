@@ -251,6 +251,62 @@ static void lora_gradients(const struct kernel_ops *ops)
     check_gradients(&p, 0.05f, 1e-4);
 }
 
+/* ---- linear layer with everything */
+
+static double linear_loss(struct problem *p)
+{
+    assert_int_equal(p->session.ops->linear_forward(p->session.device, p->args), KERNEL_OK);
+    return weighted_sum(p);
+}
+
+static void linear_gradients(const struct kernel_ops *ops)
+{
+    enum { ROWS = 10, IN = 21, OUT = 18, RANK = 3 };
+    struct problem p;
+    problem_open(&p, ops, ROWS, OUT);
+    float *x = free_floats(&p, "x", ROWS * IN, -1, 1), *w = free_floats(&p, "w", OUT * IN, -1, 1);
+    float *bias = free_floats(&p, "bias", OUT, -1, 1);
+    float *a = free_floats(&p, "a", RANK * IN, -1, 1), *b = free_floats(&p, "b", OUT * RANK, -1, 1);
+    void *workspace = scratch_bytes(&p.session, "workspace", ops->linear_workspace(ROWS, IN, OUT, RANK));
+    struct linear_forward_args f = {.layer = {.in = IN,
+                                              .out = OUT,
+                                              .weight = w,
+                                              .bias = bias,
+                                              .rank = RANK,
+                                              .a = a,
+                                              .b = b,
+                                              .scale = 0.5f,
+                                              .dropout = 0.3f,
+                                              .seed = 7,
+                                              .offset = 1000},
+                                    .rows = ROWS,
+                                    .x = x,
+                                    .x_stride = IN,
+                                    .u = output_floats(&p.session, "u", ROWS * RANK, 0),
+                                    .y = p.y,
+                                    .y_stride = OUT,
+                                    .workspace = workspace};
+    p.args = &f;
+    p.loss = linear_loss;
+    (void)linear_loss(&p);
+    struct linear_backward_args g = {.layer = f.layer,
+                                     .rows = ROWS,
+                                     .x = x,
+                                     .x_stride = IN,
+                                     .dy = p.weights,
+                                     .dy_stride = OUT,
+                                     .u = f.u,
+                                     .dx = add_param(&p, "linear x", x, ROWS, IN, IN),
+                                     .dx_stride = IN,
+                                     .dweight = add_param(&p, "linear w", w, OUT, IN, IN),
+                                     .dbias = add_param(&p, "linear bias", bias, 1, OUT, OUT),
+                                     .da = add_param(&p, "linear a", a, RANK, IN, IN),
+                                     .db = add_param(&p, "linear b", b, OUT, RANK, RANK),
+                                     .workspace = workspace};
+    assert_int_equal(ops->linear_backward(p.session.device, &g), KERNEL_OK);
+    check_gradients(&p, 0.05f, 1e-4);
+}
+
 /* ---- embedding with its low-rank path */
 
 static double embedding_loss(struct problem *p)
@@ -561,9 +617,9 @@ static void every_backend(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        GRADIENT_TEST(gemm_gradients),    GRADIENT_TEST(lora_gradients), GRADIENT_TEST(embedding_gradients),
-        GRADIENT_TEST(rmsnorm_gradients), GRADIENT_TEST(conv_gradients), GRADIENT_TEST(scan_gradients),
-        GRADIENT_TEST(head_gradients),
+        GRADIENT_TEST(gemm_gradients),      GRADIENT_TEST(lora_gradients),    GRADIENT_TEST(linear_gradients),
+        GRADIENT_TEST(embedding_gradients), GRADIENT_TEST(rmsnorm_gradients), GRADIENT_TEST(conv_gradients),
+        GRADIENT_TEST(scan_gradients),      GRADIENT_TEST(head_gradients),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,4 +1,4 @@
-/* Matrix product, low-rank path, embedding, norm, casts: the CPU backend against the reference. */
+/* Matrix product, low-rank path, linear layer, embedding, norm, casts: the CPU backend against the reference. */
 #include "tests/kernels/harness.h"
 
 static const enum kernel_type weight_types[] = {TYPE_F32, TYPE_BF16, TYPE_F16};
@@ -9,6 +9,7 @@ struct gemm_case {
     enum kernel_type b_type;
     float alpha, beta;
     int64_t gap; /* stride beyond the row */
+    bool b_activation, c_activation;
 };
 
 static void gemm_case(struct session *s, const void *param)
@@ -33,6 +34,10 @@ static void gemm_case(struct session *s, const void *param)
         .c_stride = p->n + p->gap,
         .b_type = p->b_type,
     };
+    if (p->b_activation)
+        mark_activation(s, args.b);
+    if (p->c_activation)
+        mark_activation(s, args.c);
     assert_int_equal(s->ops->gemm(s->device, &args), KERNEL_OK);
 }
 
@@ -55,6 +60,8 @@ static void test_gemm(void **state)
                 .alpha = scales[variant / 12][0],
                 .beta = scales[variant / 12][1],
                 .gap = variant % 2 == 0 ? 0 : 3,
+                .b_activation = variant / 4 % 3 == 0 && i % 2 == 0,
+                .c_activation = (variant / 2 + i) % 2 == 0,
             };
             compare_backends(gemm_case, &p, "gemm %lldx%lldx%lld ta %d tb %d %s beta %g", (long long)p.m,
                              (long long)p.n, (long long)p.k, p.transpose_a, p.transpose_b,
@@ -190,6 +197,152 @@ static void test_lora(void **state)
     compare_backends(lora_case, &p, "lora rows 1134");
     p = (struct lora_case){.rows = 130, .in = 100, .out = 150, .rank = 128, .dropout = 0.5f, .with_dx = true};
     compare_backends(lora_case, &p, "lora rank 128");
+}
+
+struct linear_case {
+    int64_t rows, in, out, rank;
+    enum kernel_type type;
+    float dropout;
+    bool bias, dx, accumulate, dweight, adapter_gradients;
+    int64_t gap;
+};
+
+static struct linear_layer linear_layer_of(struct session *s, const struct linear_case *p)
+{
+    return (struct linear_layer){
+        .in = p->in,
+        .out = p->out,
+        .weight = input_weights(s, "weight", p->type, p->out, p->in, p->in, -1, 1),
+        .weight_type = p->type,
+        .bias = p->bias ? input_floats(s, "bias", p->out, -1, 1) : NULL,
+        .rank = p->rank,
+        .a = p->rank > 0 ? input_floats(s, "a", p->rank * p->in, -1, 1) : NULL,
+        .b = p->rank > 0 ? input_floats(s, "b", p->out * p->rank, -1, 1) : NULL,
+        .scale = 1.5f,
+        .dropout = p->dropout,
+        .seed = 0x123456789abcdef0,
+        .offset = 0xfffffff0, /* the counter crosses 32 bits */
+    };
+}
+
+static void linear_case(struct session *s, const void *param)
+{
+    const struct linear_case *p = param;
+    int64_t in_stride = p->in + p->gap, out_stride = p->out + p->gap;
+    int64_t workspace = s->ops->linear_workspace(p->rows, p->in, p->out, p->rank);
+    struct linear_forward_args f = {
+        .layer = linear_layer_of(s, p),
+        .rows = p->rows,
+        .x = input_rows(s, "x", p->rows, p->in, in_stride, -1, 1),
+        .x_stride = in_stride,
+        /* The one number of a single row at rank 1 may have cancelled. */
+        .u = p->rank > 0 ? output_floats(s, "u", p->rows * p->rank, 10 * SUMMED) : NULL,
+        .y = output_rows(s, "y", p->rows, p->out, out_stride, SUMMED),
+        .y_stride = out_stride,
+        .workspace = scratch_bytes(s, "workspace", workspace),
+    };
+    assert_int_equal(s->ops->linear_forward(s->device, &f), KERNEL_OK);
+    bool adapter = p->rank > 0 && p->adapter_gradients, x = p->dweight || adapter;
+    struct linear_backward_args b = {
+        .layer = f.layer,
+        .rows = p->rows,
+        .x = x ? f.x : NULL,
+        .x_stride = x ? in_stride : 0,
+        .dy = input_rows(s, "dy", p->rows, p->out, out_stride, -1, 1),
+        .dy_stride = out_stride,
+        .u = p->rank > 0 ? input_floats(s, "u_in", p->rows * p->rank, -4, 4) : NULL,
+        .dx_stride = in_stride,
+        .accumulate = p->accumulate,
+        .dweight = p->dweight ? accumulated_rows(s, "dweight", p->out, p->in, p->in, SUMMED) : NULL,
+        .dbias = p->dweight && p->bias ? accumulated_rows(s, "dbias", 1, p->out, p->out, SUMMED) : NULL,
+        .da = adapter ? accumulated_rows(s, "da", p->rank, p->in, p->in, SUMMED) : NULL,
+        .db = adapter ? accumulated_rows(s, "db", p->out, p->rank, p->rank, SUMMED) : NULL,
+        .workspace = scratch_bytes(s, "workspace", workspace),
+    };
+    if (p->dx && p->accumulate)
+        b.dx = accumulated_rows(s, "dx", p->rows, p->in, in_stride, SUMMED);
+    else if (p->dx)
+        b.dx = output_rows(s, "dx", p->rows, p->in, in_stride, SUMMED);
+    assert_int_equal(s->ops->linear_backward(s->device, &b), KERNEL_OK);
+}
+
+static void compare_linear(const struct linear_case *p)
+{
+    compare_backends(linear_case, p, "linear %lldx%lldx%lld rank %lld %s dropout %g gap %lld",
+                     (long long)p->rows, (long long)p->in, (long long)p->out, (long long)p->rank,
+                     kernel_type_name(p->type), (double)p->dropout, (long long)p->gap);
+}
+
+static void test_linear(void **state)
+{
+    (void)state;
+    static const int64_t rows[] = {1, 3, 63, 64, 151}, ranks[] = {0, 1, 4, 8, 12, 64};
+    static const int64_t sizes[][2] = {{40, 48}, {33, 19}, {64, 80}};
+    for (int i = 0; i < 5 * 6 * 3; i++) {
+        struct linear_case p = {.rows = rows[i % 5],
+                                .rank = ranks[i / 5 % 6],
+                                .in = sizes[i / 30][0],
+                                .out = sizes[i / 30][1],
+                                .type = weight_types[i / 3 % 3],
+                                .dropout = i % 4 == 3 ? 0.25f : 0.0f,
+                                .bias = i % 3 == 0,
+                                .dx = i % 7 != 6,
+                                .accumulate = i % 2 == 1,
+                                .dweight = i % 3 == 1 || i % 6 == 0,
+                                .adapter_gradients = i % 5 != 4,
+                                .gap = i % 4 == 1   ? 3
+                                       : i % 4 == 2 ? 8
+                                                    : 0};
+        compare_linear(&p);
+    }
+}
+
+/* Sizes of several tiles in every direction, and slices of wider matrices as the model has them. */
+static void test_linear_large(void **state)
+{
+    (void)state;
+    static const struct linear_case cases[] = {
+        {.rows = 1134, .in = 96, .out = 192, .rank = 8, .dx = true, .adapter_gradients = true},
+        {.rows = 1134,
+         .in = 192,
+         .out = 80,
+         .rank = 8,
+         .dx = true,
+         .accumulate = true,
+         .adapter_gradients = true},
+        {.rows = 1134, .in = 48, .out = 192, .rank = 8, .dx = true, .adapter_gradients = true, .gap = 32},
+        {.rows = 1134, .in = 200, .out = 136, .rank = 16, .dx = true, .bias = true, .dweight = true},
+        {.rows = 1134,
+         .in = 77,
+         .out = 90,
+         .rank = 8,
+         .dropout = 0.1f,
+         .dx = true,
+         .adapter_gradients = true},
+        {.rows = 2500,
+         .in = 272,
+         .out = 144,
+         .rank = 8,
+         .dx = true,
+         .dweight = true,
+         .adapter_gradients = true},
+        {.rows = 700, .in = 136, .out = 264, .rank = 128, .dx = true, .adapter_gradients = true},
+        {.rows = 130,
+         .in = 100,
+         .out = 152,
+         .rank = 256,
+         .dropout = 0.5f,
+         .dx = true,
+         .adapter_gradients = true},
+        {.rows = 65, .in = 24, .out = 40, .rank = 1024, .dx = true, .adapter_gradients = true},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        for (int type = 0; type < 3; type++) {
+            struct linear_case p = cases[i];
+            p.type = weight_types[type];
+            compare_linear(&p);
+        }
+    }
 }
 
 struct embedding_case {
@@ -338,10 +491,11 @@ static void test_cast(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gemm),       cmocka_unit_test(test_gemm_edges),
-        cmocka_unit_test(test_gemm_tiles), cmocka_unit_test(test_gemm_few_rows),
-        cmocka_unit_test(test_lora),       cmocka_unit_test(test_embedding),
-        cmocka_unit_test(test_rmsnorm),    cmocka_unit_test(test_cast),
+        cmocka_unit_test(test_gemm),         cmocka_unit_test(test_gemm_edges),
+        cmocka_unit_test(test_gemm_tiles),   cmocka_unit_test(test_gemm_few_rows),
+        cmocka_unit_test(test_lora),         cmocka_unit_test(test_linear),
+        cmocka_unit_test(test_linear_large), cmocka_unit_test(test_embedding),
+        cmocka_unit_test(test_rmsnorm),      cmocka_unit_test(test_cast),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
