@@ -8,7 +8,8 @@
  *   learning_rate 1e-3 for lora, 1e-4 for full (2e-4 to 2e-3 is the useful range for LoRA on Mamba), then
  *   times learning_rate_multiplier: the row's learning_rate is the peak the trainer uses
  *   max_steps 0 (as the epochs give)   gradient_accumulation_steps 1   max_seq_len 512     packing true
- *   truncate_long_examples false       precision fp32                  adaptation lora
+ *   truncate_long_examples false       adaptation lora
+ *   precision "auto" (stays so here: what it becomes depends on the devices, which the scheduler knows)
  *   lora: rank 8, alpha 2 x rank, dropout 0, targets in_proj + x_proj, rslora false
  *   optimizer: betas [0.9, 0.999], eps 1e-8, weight_decay 0
  *   lr_schedule linear                 warmup_steps 0                  max_grad_norm 1 (0 = no clipping)
@@ -280,7 +281,7 @@ static json_t *early_stopping_decode(const struct sources *sources, bool has_val
 /* Every hyperparameter, resolved; NULL with a problem. */
 static json_t *hyperparameters_decode(const struct sources *sources, bool has_validation)
 {
-    static const char *const precisions[] = {"fp32", "tf32", "bf16", "fp16"};
+    static const char *const precisions[] = {"auto", "fp32", "tf32", "bf16", "fp16"};
     static const char *const adaptations[] = {"lora", "full"};
     static const char *const schedules[] = {"constant", "linear", "cosine"};
     const int64_t many = 1000000000;

@@ -43,7 +43,7 @@ struct job_request {
     bool has_seed;
     uint64_t seed;
     json_t *metadata;        /* object or NULL: at most 16 pairs, keys of 64, values of 512 characters */
-    json_t *hyperparameters; /* object: every key of API.md, resolved and checked against its range */
+    json_t *hyperparameters; /* object: every key of API.md, checked and resolved, but for precision "auto" */
 };
 /* method.supervised.hyperparameters, the top-level hyperparameters (older clients), and our own keys beside
  * either are merged; a key given twice with different values, and an unknown one, is refused by name. */

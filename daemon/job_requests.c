@@ -85,6 +85,27 @@ static bool names_fit(const struct scheduler *scheduler, const struct job_resour
     return n >= 0 && n < MODEL_ID_BYTES;
 }
 
+/* Every hyperparameter with "auto" precision settled, as text; *ret_refused names a precision that the devices
+ * do not have. NULL: refused, or no memory. */
+static char *settle_precision(const struct scheduler *scheduler, const json_t *hyperparameters,
+                              const char **ret_refused)
+{
+    const char *precision = json_string_value(json_object_get(hyperparameters, "precision"));
+    *ret_refused = NULL;
+    if (!precision || !strcmp(precision, "auto"))
+        precision = scheduler->has_gpu ? "bf16" : "fp32";
+    if (!scheduler->has_gpu && strcmp(precision, "fp32")) {
+        *ret_refused = precision;
+        return NULL;
+    }
+    json_t *settled = json_copy((json_t *)(uintptr_t)hyperparameters);
+    char *text = NULL;
+    if (settled && !json_object_set_new(settled, "precision", json_string(precision)))
+        text = json_dumps(settled, JSON_COMPACT);
+    json_decref(settled);
+    return text;
+}
+
 void scheduler_create_job(struct scheduler *scheduler, const struct job_request *request,
                           scheduler_answer done, void *arg)
 {
@@ -113,10 +134,16 @@ void scheduler_create_job(struct scheduler *scheduler, const struct job_request 
         job->seed = request->seed;
     else
         uv_random(NULL, NULL, &job->seed, 3, 0, NULL); /* the low 24 bits: exact in every client's JSON */
-    job->hyperparameters = json_dumps(request->hyperparameters, JSON_COMPACT);
+    const char *precision;
+    job->hyperparameters = settle_precision(scheduler, request->hyperparameters, &precision);
     job->metadata = request->metadata ? json_dumps(request->metadata, JSON_COMPACT) : NULL;
     const struct model_entry *entry = registry_find(scheduler->options.registry, request->model);
-    if (!job->hyperparameters || (request->metadata && !job->metadata))
+    if (precision)
+        creation_refuse(
+            creation, 400, "unsupported_precision", "precision",
+            "precision: %s needs a GPU; the workers of this server are CPUs, which train in fp32.",
+            precision);
+    else if (!job->hyperparameters || (request->metadata && !job->metadata))
         creation_refuse(creation, 503, "no_memory", NULL, "The server is out of memory.");
     else if (scheduler->draining)
         creation_refuse(creation, 503, "shutting_down", NULL, "The server is shutting down.");

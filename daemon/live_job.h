@@ -53,6 +53,7 @@ struct lane {
     struct worker *worker;
     char job[ID_BYTES]; /* "" = free */
     int64_t attempt;
+    bool trains; /* a CPU's does not where there is a GPU */
 };
 
 struct scheduler {
@@ -61,6 +62,7 @@ struct scheduler {
     struct worker_pool *pool;
     struct lane lanes[CONFIG_MAX_DEVICES];
     size_t n_lanes;
+    bool has_gpu;
     struct live_job *first; /* in order of creation */
     int64_t counts[JOB_STATUS_COUNT];
     bool draining;

@@ -55,9 +55,26 @@ static json_t *job_payload(struct live_job *live)
                      json_sprintf("%s/jobs/%s", live->scheduler->options.data_dir, live->job.id));
 }
 
+/* The least loaded that is up. */
+static struct worker *pick(const struct scheduler *scheduler, bool for_training)
+{
+    struct worker *best = NULL;
+    int best_load = 0;
+    for (size_t i = 0; i < scheduler->n_lanes; i++) {
+        struct worker_info info;
+        worker_info(scheduler->lanes[i].worker, &info);
+        int load = info.running + info.waiting + (scheduler->lanes[i].job[0] ? 1 : 0);
+        if (info.up && (!for_training || scheduler->lanes[i].trains) && (!best || load < best_load)) {
+            best = scheduler->lanes[i].worker;
+            best_load = load;
+        }
+    }
+    return best;
+}
+
 static void start_validation(struct live_job *live)
 {
-    struct worker *worker = scheduler_pick(live->scheduler);
+    struct worker *worker = pick(live->scheduler, true);
     if (!worker)
         return;
     live->validation =
@@ -163,7 +180,7 @@ void scheduler_run(struct scheduler *scheduler)
         for (size_t i = 0; i < scheduler->n_lanes && !lane; i++) {
             struct worker_info info;
             worker_info(scheduler->lanes[i].worker, &info);
-            if (info.up && !scheduler->lanes[i].job[0])
+            if (info.up && scheduler->lanes[i].trains && !scheduler->lanes[i].job[0])
                 lane = &scheduler->lanes[i];
         }
         if (lane)
@@ -232,18 +249,7 @@ bool scheduler_uses_model(struct scheduler *scheduler, const char *id)
 
 struct worker *scheduler_pick(struct scheduler *scheduler)
 {
-    struct worker *best = NULL;
-    int best_load = 0;
-    for (size_t i = 0; i < scheduler->n_lanes; i++) {
-        struct worker_info info;
-        worker_info(scheduler->lanes[i].worker, &info);
-        int load = info.running + info.waiting + (scheduler->lanes[i].job[0] ? 1 : 0);
-        if (info.up && (!best || load < best_load)) {
-            best = scheduler->lanes[i].worker;
-            best_load = load;
-        }
-    }
-    return best;
+    return pick(scheduler, false);
 }
 
 void scheduler_each(struct scheduler *scheduler, void (*visit)(void *arg, const struct job_resource *job),
@@ -281,12 +287,23 @@ const struct worker_pool_callbacks *scheduler_pool_callbacks(struct scheduler *s
     return &scheduler->callbacks;
 }
 
+static bool is_gpu(const struct worker *worker)
+{
+    struct worker_info info;
+    worker_info(worker, &info);
+    return !strncmp(info.device, "cuda:", strlen("cuda:"));
+}
+
 void scheduler_attach(struct scheduler *scheduler, struct worker_pool *pool)
 {
     scheduler->pool = pool;
     scheduler->n_lanes = worker_pool_count(pool);
-    for (size_t i = 0; i < scheduler->n_lanes; i++)
+    for (size_t i = 0; i < scheduler->n_lanes; i++) {
         scheduler->lanes[i].worker = worker_pool_at(pool, i);
+        scheduler->has_gpu |= is_gpu(scheduler->lanes[i].worker);
+    }
+    for (size_t i = 0; i < scheduler->n_lanes; i++)
+        scheduler->lanes[i].trains = !scheduler->has_gpu || is_gpu(scheduler->lanes[i].worker);
 }
 
 int scheduler_recover(struct scheduler *scheduler, struct error *error)

@@ -5,7 +5,10 @@
  * The row in the store changes first; what clients and workers see follows its commit. After a restart
  * everything that was validating, queued or running starts again from its newest checkpoint, with a new
  * attempt number. A job whose worker dies twice at the same step fails. Jobs run in the order of their
- * creation, one a worker; validations go ahead of them. */
+ * creation, one a worker; validations go ahead of them.
+ *
+ * Where there are GPUs jobs are trained on them alone; a CPU beside them serves completions. So a job that is
+ * resumed goes on in the same arithmetic, and "auto" precision is known when a job is created. */
 #ifndef DAEMON_SCHEDULER_H
 #define DAEMON_SCHEDULER_H
 
@@ -40,8 +43,8 @@ bool scheduler_is_settled(const struct scheduler *scheduler);
 
 /* Answers to clients. job is valid during the call; NULL with a problem. */
 typedef void (*scheduler_answer)(void *arg, const struct job_resource *job, const struct problem *problem);
-/* Checks the model and both files (exist, purpose fine-tune), commits the row, answers, and sets validation
- * going. */
+/* Checks the model and both files (exist, purpose fine-tune), settles the precision, commits the row, answers, and
+ * sets validation going. */
 void scheduler_create_job(struct scheduler *scheduler, const struct job_request *request,
                           scheduler_answer done, void *arg);
 void scheduler_cancel_job(struct scheduler *scheduler, const char *id, scheduler_answer done, void *arg);

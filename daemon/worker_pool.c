@@ -6,6 +6,8 @@
  * - only notes the reason and kills it. */
 #include "daemon/worker_pool.h"
 
+#include "daemon/devices.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -439,60 +441,12 @@ static void timer_init(struct worker_pool *pool, uv_timer_t *timer, void *data)
     pool->open_timers++;
 }
 
-#if defined(ADDERD_CUDA)
-enum { GPU_NODES = 64 };
-#else
-enum { GPU_NODES = 0 };
-#endif
-
-/* GPUs as the driver shows them to this process: /dev/nvidia0, /dev/nvidia1 ...; a container may hold any of them.
- * The runtime counts from 0. */
-static int count_gpus(void)
-{
-    int count = 0;
-    char path[32];
-    for (int i = 0; i < GPU_NODES; i++) {
-        snprintf(path, sizeof path, "/dev/nvidia%d", i);
-        count += access(path, R_OK | W_OK) == 0;
-    }
-    return count;
-}
-
-struct device_list {
-    char names[CONFIG_MAX_DEVICES][32];
-    size_t n;
-};
-
-static void add_device(struct device_list *list, const char *name)
-{
-    for (size_t i = 0; i < list->n; i++)
-        if (!strcmp(list->names[i], name))
-            return;
-    if (list->n < CONFIG_MAX_DEVICES)
-        snprintf(list->names[list->n++], sizeof list->names[0], "%s", name);
-}
-
-/* "auto" is every GPU, or the CPU where there is none or the build has no use for one. */
-static void resolve_devices(const struct config *config, struct device_list *list)
-{
-    for (int i = 0; i < config->n_devices; i++) {
-        int n_gpus = strcmp(config->devices[i], "auto") ? -1 : count_gpus();
-        if (n_gpus <= 0)
-            add_device(list, n_gpus < 0 ? config->devices[i] : "cpu");
-        for (int gpu = 0; gpu < n_gpus; gpu++) {
-            char name[32];
-            snprintf(name, sizeof name, "cuda:%d", gpu);
-            add_device(list, name);
-        }
-    }
-}
-
 int worker_pool_create(uv_loop_t *loop, const struct config *config,
                        const struct worker_pool_callbacks *callbacks, struct worker_pool **ret_pool,
                        struct error *error)
 {
-    struct device_list devices = {.n = 0};
-    resolve_devices(config, &devices);
+    struct device_list devices;
+    devices_resolve(config, &devices);
     size_t n = devices.n;
     struct worker_pool *pool = calloc(1, sizeof *pool + n * sizeof pool->workers[0]);
     if (!pool)

@@ -212,7 +212,7 @@ static void job_defaults(void **state)
     json_t *expected = parse(
         "{'n_epochs':3,'batch_size':8,'learning_rate_multiplier':1.0,'learning_rate':0.001,'max_steps':0,"
         "'gradient_accumulation_steps':1,'max_seq_len':512,'packing':true,'truncate_long_examples':false,'"
-        "precision':'fp32'"
+        "precision':'auto'"
         ","
         "'adaptation':'lora','lora':{'rank':8,'alpha':16.0,'dropout':0.0,'targets':['in_proj','x_proj'],"
         "'rslora':false},'optimizer':{'betas':[0.9,0.999],'eps':1e-8,'weight_decay':0.0},'lr_schedule':'"
@@ -312,7 +312,8 @@ static void job_refusals(void **state)
         {METHOD("'max_seq_len':1"), AT "max_seq_len", "from 2 to 1048576"},
         {METHOD("'packing':1"), AT "packing", "true or false"},
         {METHOD("'truncate_long_examples':'yes'"), AT "truncate_long_examples", "true or false"},
-        {METHOD("'precision':'fp8'"), AT "precision", "\"fp32\", \"tf32\", \"bf16\", \"fp16\", not \"fp8\""},
+        {METHOD("'precision':'fp8'"), AT "precision",
+         "\"auto\", \"fp32\", \"tf32\", \"bf16\", \"fp16\", not \"fp8\""},
         {METHOD("'adaptation':'qlora'"), AT "adaptation", "\"lora\", \"full\""},
         {METHOD("'lora':4"), AT "lora", "must be an object, not 4"},
         {METHOD("'lora':{'r':4}"), AT "lora.r", "Unknown parameter"},

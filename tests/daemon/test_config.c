@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "daemon/config.h"
+#include "daemon/devices.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -262,6 +263,35 @@ static void test_loopback(void **state)
         assert_false(config_is_loopback(outside[i]));
 }
 
+/* As the CUDA runtime counts. */
+static void test_visible_devices(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *visible;
+        int count;
+    } cases[] = {
+        {NULL, 4},    {"", 0},     {"0", 1},       {"2,3", 2},  {" 1, 0", 2}, {"0,1,2,3", 4},
+        {"0,9,1", 1}, {"-1", 0},   {"1,1", 0},     {"none", 0}, {"3,", 1},    {"GPU-5ebe9f43,MIG-a1", 2},
+        {"NoDev", 0}, {"0,-1", 1}, {"GPU-a,7", 1},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        if (devices_visible(cases[i].visible, 4) != cases[i].count)
+            fail_msg("\"%s\": %d", cases[i].visible, devices_visible(cases[i].visible, 4));
+    assert_int_equal(devices_visible("GPU-5ebe9f43", 0), 0);
+
+    struct config config = {.devices = {"cuda:1", "cpu", "cuda:1"}, .n_devices = 3};
+    struct device_list list;
+    devices_resolve(&config, &list);
+    assert_int_equal(list.n, 2);
+    assert_string_equal(list.names[0], "cuda:1");
+    setenv("CUDA_VISIBLE_DEVICES", "", 1);
+    config = (struct config){.devices = {"auto"}, .n_devices = 1};
+    devices_resolve(&config, &list);
+    assert_int_equal(list.n, 1);
+    assert_string_equal(list.names[0], "cpu");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -270,6 +300,7 @@ int main(void)
         cmocka_unit_test_setup(test_variables, clean),
         cmocka_unit_test_setup(test_refused, clean),
         cmocka_unit_test_setup(test_help_names_everything, clean),
+        cmocka_unit_test_setup(test_visible_devices, clean),
         cmocka_unit_test(test_loopback),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
