@@ -416,6 +416,8 @@ struct sample_args {
 
 /* ---- the table ---- */
 
+enum { KERNEL_MARKS = 4096 };
+
 struct kernel_ops {
     const char *name; /* "cpu", "cuda" */
 
@@ -438,6 +440,10 @@ struct kernel_ops {
                 enum kernel_type from_type, int64_t count);
     /* Wait for everything queued. */
     int (*synchronize)(struct kernel_device *device);
+    /* Note in a slot (0..KERNEL_MARKS-1) the time at which the device has done what is queued so far; and the seconds
+     * from one slot's mark to a later one's, waiting for both. For measuring: a mark waits for nothing. */
+    int (*mark)(struct kernel_device *device, int slot);
+    int (*mark_seconds)(struct kernel_device *device, int from, int to, double *ret_seconds);
 
     int (*gemm)(struct kernel_device *, const struct gemm_args *);
     int (*lora_forward)(struct kernel_device *, const struct lora_forward_args *);

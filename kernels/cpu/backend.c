@@ -35,6 +35,8 @@ const struct kernel_ops *CPU_NAME(cpu_ops)(void)
         .zero = cpu_memory_zero,
         .cast = CPU_NAME(cpu_cast),
         .synchronize = cpu_synchronize,
+        .mark = cpu_mark,
+        .mark_seconds = cpu_mark_seconds,
         .gemm = CPU_NAME(cpu_gemm),
         .lora_forward = CPU_NAME(cpu_lora_forward),
         .lora_backward = CPU_NAME(cpu_lora_backward),

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { ALIGNMENT = 64, LARGE_PAGE = 2 << 20 };
@@ -143,6 +144,25 @@ int cpu_memory_zero(struct kernel_device *device, void *pointer, size_t bytes)
 int cpu_synchronize(struct kernel_device *device)
 {
     (void)device;
+    return KERNEL_OK;
+}
+
+/* What is queued is done already. */
+int cpu_mark(struct kernel_device *device, int slot)
+{
+    struct timespec now;
+    if (slot < 0 || slot >= KERNEL_MARKS)
+        return KERNEL_INVALID;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    device->marks[slot] = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    return KERNEL_OK;
+}
+
+int cpu_mark_seconds(struct kernel_device *device, int from, int to, double *ret_seconds)
+{
+    if (from < 0 || from >= KERNEL_MARKS || to < 0 || to >= KERNEL_MARKS)
+        return KERNEL_INVALID;
+    *ret_seconds = device->marks[to] - device->marks[from];
     return KERNEL_OK;
 }
 

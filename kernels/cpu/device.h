@@ -28,6 +28,7 @@ struct kernel_device {
     struct thread_pool *pool;
     int64_t allocated_bytes, peak_bytes;
     struct cpu_scratch_area scratch[CPU_THREADS_MAX];
+    double marks[KERNEL_MARKS]; /* seconds of a monotonic clock */
 };
 
 /* The best that this processor has, and the table for one that it has. kernels_cpu() is the table of the best. */
@@ -44,6 +45,8 @@ void cpu_memory_free(struct kernel_device *device, void *pointer);
 int cpu_memory_copy(struct kernel_device *device, void *to, const void *from, size_t bytes);
 int cpu_memory_zero(struct kernel_device *device, void *pointer, size_t bytes);
 int cpu_synchronize(struct kernel_device *device);
+int cpu_mark(struct kernel_device *device, int slot);
+int cpu_mark_seconds(struct kernel_device *device, int from, int to, double *ret_seconds);
 
 /* Runs task(arg, index, thread) for index 0..n_tasks-1 on the device's threads; returns when all are done.
  * Which thread takes which index is not fixed, so a result must depend on `index` alone: cut work into the

@@ -41,6 +41,8 @@ const struct kernel_ops *kernels_reference(void)
         .zero = cpu_memory_zero,
         .cast = reference_cast,
         .synchronize = cpu_synchronize,
+        .mark = cpu_mark,
+        .mark_seconds = cpu_mark_seconds,
         .gemm = reference_gemm,
         .lora_forward = reference_lora_forward,
         .lora_backward = reference_lora_backward,

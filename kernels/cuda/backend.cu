@@ -17,6 +17,8 @@ static struct kernel_ops make_ops(void)
     ops.zero = cuda_zero;
     ops.cast = cuda_cast;
     ops.synchronize = cuda_synchronize;
+    ops.mark = cuda_mark;
+    ops.mark_seconds = cuda_mark_seconds;
     ops.gemm = cuda_gemm;
     ops.lora_forward = cuda_lora_forward;
     ops.lora_backward = cuda_lora_backward;

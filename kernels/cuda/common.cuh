@@ -85,6 +85,7 @@ struct kernel_device {
     uint64_t uses_of_cache;
     struct cuda_allocation *allocations;
     int64_t allocated_bytes, peak_bytes;
+    cudaEvent_t *marks; /* [KERNEL_MARKS], each NULL until it is used; marks.cu */
     struct {
         void *pointer;
         size_t bytes;
@@ -282,6 +283,9 @@ int cuda_zero(struct kernel_device *device, void *pointer, size_t bytes);
 int cuda_cast(struct kernel_device *device, void *to, enum kernel_type to_type, const void *from,
               enum kernel_type from_type, int64_t count);
 int cuda_synchronize(struct kernel_device *device);
+int cuda_mark(struct kernel_device *device, int slot);
+int cuda_mark_seconds(struct kernel_device *device, int from, int to, double *ret_seconds);
+void cuda_marks_free(struct kernel_device *device);
 
 int cuda_gemm(struct kernel_device *device, const struct gemm_args *a);
 int cuda_lora_forward(struct kernel_device *device, const struct lora_forward_args *a);

@@ -195,6 +195,7 @@ void cuda_device_close(struct kernel_device *device)
     }
     for (int i = 0; i < CUDA_CACHED_COUNT; i++)
         free(device->cached[i].host);
+    cuda_marks_free(device);
     while (device->allocations != NULL)
         release(device, device->allocations->pointer);
     if (device->stream != NULL)

@@ -206,6 +206,14 @@ static void test_device(void **state)
     assert_true(info.total_bytes > 0 && info.free_bytes > 0 && info.free_bytes <= info.total_bytes);
     assert_memory_equal(info.name, "cpu (", 5);
 
+    double seconds = -1;
+    assert_int_equal(ops->mark(device, 0), KERNEL_OK);
+    assert_int_equal(ops->mark(device, KERNEL_MARKS - 1), KERNEL_OK);
+    assert_int_equal(ops->mark_seconds(device, 0, KERNEL_MARKS - 1, &seconds), KERNEL_OK);
+    assert_true(seconds >= 0 && seconds < 10);
+    assert_int_equal(ops->mark(device, KERNEL_MARKS), KERNEL_INVALID);
+    assert_int_equal(ops->mark_seconds(device, -1, 0, &seconds), KERNEL_INVALID);
+
     void *pointer = NULL;
     assert_int_equal(ops->memory_alloc(device, 1001, &pointer), KERNEL_OK);
     assert_int_equal((uintptr_t)pointer % 64, 0);
