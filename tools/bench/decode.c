@@ -1,117 +1,215 @@
-/* decode.c: decoding with hatchling through the runner, one sequence alone and sixteen together: forward,
- * logits and the greedy choice of every step. Goals: alone, the time that reading the weights once would take
- * is 50% of a step; together, five times the tokens a second. */
+/* decode.c: completions through the generator, as serving makes them: B requests at once, each a prompt of random
+ * tokens and so many new ones, greedy, streamed. The bound beside each figure is the time that memory needs to read
+ * the weights once and every sequence's state both ways. */
 #include "tools/bench/bench.h"
 
-#include "engine/models/model.h"
+#include "engine/inference/generator.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { SEQS_MOST = 16, WARM_STEPS = 16, STEPS = 200 };
+enum { PREFILL_TOKENS_MOST = 8192, ADVANCES_MOST = 1 << 16 };
 
-struct decoder {
-    struct model *model;
-    struct runner *runner;
-    struct state_pool *states;
-    int32_t n_seqs;
-    int32_t ids[SEQS_MOST], slots[SEQS_MOST], starts[SEQS_MOST + 1];
-    float logprobs[SEQS_MOST];
-    struct sample_row rows[SEQS_MOST];
+struct decoding {
+    struct bench_bed *bed;
+    struct adapter *adapter; /* or NULL */
+    struct tokenizer *tokenizer;
+    struct generator *generator;
+    int64_t prefill_tokens;
+    int64_t completion_tokens; /* of requests that are done */
+    int failed;                /* the code of one that failed */
 };
 
-static int step(struct decoder *decoder, struct error *error)
+static void take_chunk(void *arg, int32_t index, const char *text, size_t length,
+                       const struct scored_token *tokens, int32_t n_tokens, enum finish_reason finish)
 {
-    const struct forward_request request = {.n_seqs = decoder->n_seqs,
-                                            .seq_starts = decoder->starts,
-                                            .ids = decoder->ids,
-                                            .slots = decoder->slots,
-                                            .states = decoder->states};
-    const float *logits = NULL;
-    int code = runner_forward(decoder->runner, &request, error);
-    if (!code)
-        code = runner_logits(decoder->runner, NULL, decoder->n_seqs, &logits, error);
-    if (code)
-        return code;
-    const int64_t vocab = model_config(decoder->model)->vocab_size;
-    const struct sample_args args = {.rows = decoder->n_seqs,
-                                     .vocab = vocab,
-                                     .logits = logits,
-                                     .logits_stride = vocab,
-                                     .row = decoder->rows,
-                                     .ids = decoder->ids,
-                                     .logprobs = decoder->logprobs};
-    int status = model_ops(decoder->model)->sample(model_device(decoder->model), &args);
-    return status ? error_set(error, ERROR_INTERNAL, "sample: %s", kernel_status_text(status)) : 0;
+    (void)arg, (void)index, (void)text, (void)length, (void)tokens, (void)n_tokens, (void)finish;
 }
 
-/* The median seconds of a step of n_seqs sequences. */
-static int measure(struct model *model, int32_t n_seqs, double *ret_seconds, struct error *error)
+static void take_end(void *arg, int64_t prompt_tokens, int64_t completion_tokens, int code,
+                     const struct error *error)
 {
-    struct decoder decoder = {.model = model, .n_seqs = n_seqs};
-    double seconds[STEPS];
-    for (int32_t i = 0; i < n_seqs; i++) {
-        decoder.ids[i] = 100 + i;
-        decoder.slots[i] = i;
-        decoder.starts[i + 1] = i + 1;
-        decoder.rows[i] = (struct sample_row){.top_p = 1, .repetition_penalty = 1, .banned = -1};
-    }
-    int code = runner_create(model, n_seqs, n_seqs, &decoder.runner, error);
-    if (!code)
-        code = state_pool_create(model, n_seqs, &decoder.states, error);
-    for (int32_t i = 0; i < n_seqs && !code; i++)
-        code = state_pool_reset(decoder.states, i);
-    for (int i = -WARM_STEPS; i < STEPS && !code; i++) {
-        double began = bench_now();
-        code = step(&decoder, error);
-        if (i >= 0)
-            seconds[i] = bench_now() - began;
-    }
-    if (!code)
-        *ret_seconds = bench_median(seconds, STEPS);
-    state_pool_free(decoder.states);
-    runner_free(decoder.runner);
+    struct decoding *decoding = arg;
+    (void)prompt_tokens, (void)error;
+    decoding->completion_tokens += completion_tokens;
+    if (code)
+        decoding->failed = code;
+}
+
+static int submit(struct decoding *decoding, const struct bench_case *wanted, int32_t index,
+                  struct error *error)
+{
+    struct token_list prompt = {0};
+    uint64_t id;
+    int code = 0;
+    for (int64_t t = 0; t < wanted->prompt && !code; t++)
+        code = token_list_push(&prompt, (int32_t)(philox_uniform((uint64_t)index, (uint64_t)t) *
+                                                  (float)tokenizer_size(decoding->tokenizer)));
+    const struct generation_request request = {
+        .adapter = decoding->adapter,
+        .n_prompts = 1,
+        .prompts = &prompt,
+        .n = 1,
+        .params = {.max_tokens = (int32_t)wanted->length,
+                   .top_p = 1,
+                   .repetition_penalty = 1,
+                   .logprobs = -1,
+                   .ignore_eos = true},
+        .stream = true,
+        .callbacks = {decoding, take_chunk, take_end},
+    };
+    code = code ? error_set(error, code, "no memory for a prompt")
+                : generator_submit(decoding->generator, &request, &id, error);
+    token_list_free(&prompt);
     return code;
 }
 
-static int run(struct bench_report *report, struct model *model, struct error *error)
+static void decoding_close(struct bench_steps *steps)
 {
-    double alone = 0, together = 0, weights = (double)model_weight_bytes(model);
-    int code = measure(model, 1, &alone, error);
+    struct decoding *decoding = steps->state;
+    if (!decoding)
+        return;
+    generator_free(decoding->generator);
+    tokenizer_free(decoding->tokenizer);
+    adapter_free(decoding->adapter);
+    free(decoding);
+    steps->state = NULL;
+}
+
+/* Everything submitted, nothing run. */
+static int prepare(struct bench_steps *steps, const struct bench_case *wanted, struct bench_bed *bed,
+                   struct error *error)
+{
+    struct decoding *decoding = calloc(1, sizeof *decoding);
+    steps->state = decoding;
+    if (!decoding)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a decoding run");
+    decoding->bed = bed;
+    int64_t tokens = wanted->batch * wanted->prompt;
+    decoding->prefill_tokens = tokens < PREFILL_TOKENS_MOST ? tokens : PREFILL_TOKENS_MOST;
+    int code = tokenizer_load(bed->folder, &decoding->tokenizer, error);
+    if (!code && wanted->adapted)
+        code = adapter_create(bed->model, wanted->adaptation, &wanted->lora, 1, &decoding->adapter, error);
     if (!code)
-        code = measure(model, SEQS_MOST, &together, error);
+        code = generator_create(bed->model, decoding->tokenizer, wanted->batch, decoding->prefill_tokens,
+                                &decoding->generator, error);
+    for (int32_t i = 0; i < wanted->batch && !code; i++)
+        code = submit(decoding, wanted, i, error);
+    return code;
+}
+
+static int decoding_step(struct bench_steps *steps, struct error *error)
+{
+    struct decoding *decoding = steps->state;
+    int code = generator_advance(decoding->generator, error);
+    if (code < 0)
+        return code;
+    return decoding->failed ? error_set(error, decoding->failed, "a completion failed") : 0;
+}
+
+/* Past the prompts. */
+static int decoding_open(struct bench_steps *steps, const struct bench_case *wanted, struct bench_bed *bed,
+                         struct error *error)
+{
+    int code = prepare(steps, wanted, bed, error);
     if (code)
         return code;
-    bench_title(report, "decode, hatchling through the runner");
-    bench_row(report, "step, 1 sequence", 1e3 * alone, "ms", "median");
-    bench_row(report, "tokens a second, 1 sequence", 1 / alone, "1/s", NULL);
-    bench_row(report, "weights", 1e-6 * weights, "MB", NULL);
-    bench_row(report, "share of memory's bandwidth", 100 * weights / report->machine.read / alone, "%",
-              "time to read the weights once over time taken; goal: 50");
-    bench_row(report, "step, 16 sequences", 1e3 * together, "ms", "median");
-    bench_row(report, "tokens a second, 16 sequences", SEQS_MOST / together, "1/s", NULL);
-    bench_row(report, "tokens/s, 16 together over 1 alone", SEQS_MOST * alone / together, "x", "goal: 5");
-    return 0;
+    const struct decoding *decoding = steps->state;
+    int64_t chunks = wanted->batch * wanted->prompt / decoding->prefill_tokens + 2;
+    for (int64_t i = 0; i < chunks && !code; i++)
+        code = decoding_step(steps, error);
+    return code;
+}
+
+const struct bench_steps bench_decoding_steps = {decoding_open, decoding_step, decoding_close, NULL};
+
+/* ---- the mode ---- */
+
+/* Runs to the end. *ret_step: the median seconds of an advance, which most often is one token for everybody. */
+static int run_completions(struct bench_steps *steps, double *ret_step, double *ret_all, struct error *error)
+{
+    struct decoding *decoding = steps->state;
+    double *seconds = malloc(ADVANCES_MOST * sizeof *seconds), all = bench_now();
+    int n = 0, code = seconds ? 0 : error_set(error, ERROR_NO_MEMORY, "no memory for the times of steps");
+    while (!code && n < ADVANCES_MOST && !generator_idle(decoding->generator)) {
+        double began = bench_now();
+        code = decoding_step(steps, error);
+        seconds[n++] = bench_now() - began;
+    }
+    if (!code) {
+        *ret_all = bench_now() - all;
+        *ret_step = bench_median(seconds, n);
+    }
+    free(seconds);
+    return code;
+}
+
+static int run_case(const struct bench_options *options, struct bench_report *report, const char *text,
+                    struct error *error)
+{
+    struct bench_case wanted;
+    struct bench_bed bed = {0};
+    struct bench_steps steps = bench_decoding_steps;
+    struct kernel_device_info info = {0};
+    double step = 0, all = 0;
+    int code = bench_case_parse(text, &wanted, error);
+    if (!code)
+        code = bench_bed_open(options, &wanted, bench_backend(options), &bed, error);
+    /* Once for everything that is made when it is first used. */
+    for (int run = 0; run < 2 && !code; run++) {
+        code = prepare(&steps, &wanted, &bed, error);
+        if (!code)
+            code = run_completions(&steps, &step, &all, error);
+        if (!code && run == 1 && bed.ops->device_query(bed.device, &info))
+            code = error_set(error, ERROR_DEVICE, "cannot query the device");
+        if (!code && run == 1) {
+            double tokens = (double)((struct decoding *)steps.state)->completion_tokens;
+            double bytes = (double)model_weight_bytes(bed.model) +
+                           2 * (double)wanted.batch * (double)model_state_bytes(bed.model);
+            double rate = wanted.batch / step, share = bytes / report->machine.memory / step;
+            printf("  %-44s %9.3f %10.0f %10.0f %9.3f %7.1f%%\n", wanted.text, 1e3 * step, rate, tokens / all,
+                   (double)info.peak_bytes / 0x1p30, 100 * share);
+            fflush(stdout);
+            bench_keep(report, json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f}", "case", wanted.text,
+                                         "step_seconds", step, "tokens_per_second", rate,
+                                         "tokens_per_second_with_prompts", tokens / all, "seconds", all,
+                                         "peak_bytes", (double)info.peak_bytes, "ceiling_share", share));
+        }
+        decoding_close(&steps);
+    }
+    bench_bed_close(&bed);
+    return code;
 }
 
 int bench_decode(const struct bench_options *options, struct bench_report *report)
 {
-    struct kernel_device *device = NULL;
-    struct model *model = NULL;
-    struct error error = {0};
-    char path[4096];
-    snprintf(path, sizeof path, "%s/hatchling", options->models);
-    int code = 0;
-    if (kernels_cpu()->device_open(0, options->threads, &device))
-        code = error_set(&error, ERROR_DEVICE, "cannot open the CPU");
-    if (!code)
-        code = model_open(path, kernels_cpu(), device, &model, &error);
-    if (!code)
-        code = run(report, model, &error);
-    if (code)
-        fprintf(stderr, "adderd-bench: decode: %s\n", error.message);
-    model_close(model);
-    if (device)
-        kernels_cpu()->device_close(device);
-    return code != 0;
+    static const char *const cpu_cases[] = {"hatchling 1x200 decode", "hatchling 16x200 decode"};
+    static const char *const cuda_cases[] = {"130m 1x128 decode bf16",
+                                             "130m 64x128 decode bf16",
+                                             "130m 256x128 decode bf16",
+                                             "1.4b 1x128 decode bf16",
+                                             "1.4b 64x128 decode bf16",
+                                             "2.8b 1x128 decode bf16",
+                                             "2.8b 64x128 decode bf16",
+                                             "2.8b 128x128 prompt2048 decode bf16",
+                                             "130m 1x128 decode bf16 lora projections",
+                                             "130m 64x128 decode bf16 lora projections",
+                                             "2.8b 1x128 decode bf16 lora projections",
+                                             "2.8b 64x128 decode bf16 lora projections"};
+    const char *const *cases = options->n_cases ? options->cases : options->cuda ? cuda_cases : cpu_cases;
+    int n_cases = options->n_cases ? options->n_cases
+                  : options->cuda  ? (int)(sizeof cuda_cases / sizeof *cuda_cases)
+                                   : 2;
+    int failed = 0;
+    bench_title(report, "decode");
+    printf("  %-44s %9s %10s %10s %9s %8s\n", "", "ms a step", "tokens/s", "in all", "peak GiB", "ceiling");
+    for (int i = 0; i < n_cases; i++) {
+        struct error error = {0};
+        if (run_case(options, report, cases[i], &error)) {
+            printf("  %-44s %s\n", cases[i], error.message);
+            fflush(stdout);
+            failed = 1;
+        }
+    }
+    return failed;
 }

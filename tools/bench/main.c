@@ -3,7 +3,6 @@
 #include "tools/bench/bench.h"
 
 #include <getopt.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,16 +13,20 @@ struct bench_table {
     json_t *rows; /* owned */
 };
 
+enum { ON_CPU = 1, ON_CUDA = 2 };
 static const struct mode {
     const char *name;
+    int devices; /* where it runs when no mode is named */
     int (*run)(const struct bench_options *options, struct bench_report *report);
     const char *about;
 } modes[] = {
-    {"machine", NULL, "the ceilings alone: sgemm rate, memory bandwidth"},
-    {"ops", bench_ops, "every kernel at hatchling's shapes, training and decoding"},
-    {"train", bench_train, "LoRA training of hatchling through the trainer"},
-    {"decode", bench_decode, "decoding with hatchling, 1 and 16 sequences"},
-    {"serve", bench_serve, "the daemon: start, memory, latency under load"},
+    {"machine", ON_CPU | ON_CUDA, NULL, "the ceilings alone: products, memory bandwidth"},
+    {"ops", ON_CPU | ON_CUDA, bench_ops, "where a step's time goes, by operation and shape"},
+    {"train", ON_CPU | ON_CUDA, bench_train, "training steps: tokens a second, memory"},
+    {"paper", ON_CUDA, bench_paper, "the same for every precision and adaptation, 130m to 2.8b"},
+    {"growth", ON_CUDA, bench_growth, "the same for rows of 512 to 65,536 tokens"},
+    {"decode", ON_CPU | ON_CUDA, bench_decode, "completions through the generator"},
+    {"serve", ON_CPU, bench_serve, "the daemon: start, memory, latency under load"},
 };
 enum { N_MODES = sizeof(modes) / sizeof(modes[0]) };
 
@@ -64,7 +67,7 @@ void bench_title(struct bench_report *report, const char *title)
     table->rows = json_array();
 }
 
-static void keep(struct bench_report *report, json_t *row)
+void bench_keep(struct bench_report *report, json_t *row)
 {
     if (report->n_tables == 0 || json_array_append_new(report->tables[report->n_tables - 1].rows, row) != 0)
         report->failed = true;
@@ -75,20 +78,8 @@ void bench_row(struct bench_report *report, const char *name, double value, cons
 {
     printf("  %-34s %10.4g %-8s %s\n", name, value, unit, note != NULL ? note : "");
     fflush(stdout);
-    keep(report,
-         json_pack("{s:s, s:f, s:s, s:s*}", "name", name, "value", value, "unit", unit, "note", note));
-}
-
-void bench_op(struct bench_report *report, const struct bench_op *op, double step_seconds)
-{
-    double arithmetic = op->flop / report->machine.sgemm, traffic = op->bytes / report->machine.read;
-    double share = (arithmetic > traffic ? arithmetic : traffic) / op->seconds;
-    printf("  %-34s %5.0f x %9.1f us %6.1f%% of step %8.1f GFLOP/s %7.1f GB/s %5.0f%% of ceiling\n", op->name,
-           op->calls, 1e6 * op->seconds / op->calls, 100 * op->seconds / step_seconds,
-           1e-9 * op->flop / op->seconds, 1e-9 * op->bytes / op->seconds, 100 * share);
-    fflush(stdout);
-    keep(report, json_pack("{s:s, s:f, s:f, s:f, s:f, s:f}", "name", op->name, "calls", op->calls, "seconds",
-                           op->seconds, "flop", op->flop, "bytes", op->bytes, "ceiling_share", share));
+    bench_keep(report,
+               json_pack("{s:s, s:f, s:s, s:s*}", "name", name, "value", value, "unit", unit, "note", note));
 }
 
 static int write_json(const struct bench_report *report, const char *path)
@@ -107,14 +98,27 @@ static int write_json(const struct bench_report *report, const char *path)
 
 static void usage(FILE *file)
 {
-    fprintf(file, "usage: adderd-bench [options] [mode ...]\n\n"
-                  "  --threads N      threads of the kernels (0: all processors)\n"
-                  "  --adderd PATH    the program that `serve` starts (build/adderd)\n"
-                  "  --models-dir DIR where hatchling is (models)\n"
-                  "  --json FILE      write every figure there as well\n\n"
-                  "modes, all of them when none is named; the machine is always measured first:\n");
+    fprintf(file,
+            "usage: adderd-bench [options] [mode ...]\n\n"
+            "  --device DEVICE  cpu (the default) or cuda:N\n"
+            "  --threads N      threads of the CPU's kernels (0: all processors)\n"
+            "  --models-dir DIR where the models are (models)\n"
+            "  --case CASE      for ops, train and decode instead of their own; several are taken:\n"
+            "                   'MODEL BxL [lora|full] [TARGETS] [rN] [fp32|tf32|bf16|fp16]'\n"
+            "                   'MODEL BxL decode [lora] [promptN]'\n"
+            "  --adderd PATH    the program that `serve` starts (build/adderd)\n"
+            "  --json FILE      write every figure there as well\n\n"
+            "modes, all that the device has when none is named; its ceilings are always measured first:\n");
     for (int i = 0; i < N_MODES; i++)
         fprintf(file, "  %-16s %s\n", modes[i].name, modes[i].about);
+}
+
+static bool read_device(const char *name, struct bench_options *options)
+{
+    char *end;
+    options->cuda = strncmp(name, "cuda:", 5) == 0;
+    options->index = options->cuda ? (int)strtol(name + 5, &end, 10) : 0;
+    return options->cuda ? name[5] != '\0' && *end == '\0' : strcmp(name, "cpu") == 0;
 }
 
 static const struct mode *mode_named(const char *name)
@@ -135,12 +139,12 @@ static int run_modes(const struct bench_options *options, struct bench_report *r
         }
     }
     int failed = bench_machine(options, report);
-    for (int i = 0; i < N_MODES && !failed; i++) {
-        bool wanted = count == 0;
+    for (int i = 0; i < N_MODES && report->machine.memory > 0; i++) {
+        bool wanted = count == 0 && (modes[i].devices & (options->cuda ? ON_CUDA : ON_CPU)) != 0;
         for (int j = 0; j < count; j++)
             wanted = wanted || strcmp(names[j], modes[i].name) == 0;
         if (wanted && modes[i].run != NULL)
-            failed = modes[i].run(options, report);
+            failed |= modes[i].run(options, report);
     }
     return failed;
 }
@@ -148,7 +152,9 @@ static int run_modes(const struct bench_options *options, struct bench_report *r
 int main(int argc, char **argv)
 {
     static const struct option known[] = {
+        {"device", required_argument, NULL, 'd'},
         {"threads", required_argument, NULL, 't'},
+        {"case", required_argument, NULL, 'c'},
         {"adderd", required_argument, NULL, 'a'},
         {"models-dir", required_argument, NULL, 'm'},
         {"json", required_argument, NULL, 'j'},
@@ -168,14 +174,20 @@ int main(int argc, char **argv)
             options.models = optarg;
         else if (option == 'j')
             json = optarg;
-        else {
+        else if (option == 'c' && options.n_cases < BENCH_CASES_MOST)
+            options.cases[options.n_cases++] = optarg;
+        else if (option != 'd' || !read_device(optarg, &options)) {
             usage(option == 'h' ? stdout : stderr);
             return option == 'h' ? 0 : 2;
         }
     }
+    if (options.cuda && kernels_cuda() == NULL) {
+        fprintf(stderr, "adderd-bench: this build has no CUDA\n");
+        return 1;
+    }
     int failed = run_modes(&options, &report, argv + optind, argc - optind);
-    if (json != NULL && !failed)
-        failed = write_json(&report, json);
+    if (json != NULL)
+        failed |= write_json(&report, json);
     for (int i = 0; i < report.n_tables; i++)
         json_decref(report.tables[i].rows);
     free(report.tables);

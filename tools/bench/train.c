@@ -1,140 +1,254 @@
-/* train.c: LoRA training of hatchling through the trainer, 8 rows of 256 tokens a step: reading the data, the
- * passes, the optimizer and the reports, as a job has them. The goal is 35% of sgemm's rate at 4N operations
- * a token: 2N for the forward, 2N for the gradients of the activations. */
+/* train.c: training steps as a job takes them: a micro-batch of B rows of L random tokens through the engine's
+ * pass, the gradients' norm, the optimizer; the data's reading and the checkpoints are left out. Three modes over
+ * lists of cases: `train` (what people run), `paper` (precisions by adaptations), `growth` (the same number of
+ * tokens in ever longer rows).
+ *
+ * Arithmetic is counted as 4 N operations a token for LoRA (forward 2 N, gradients of the activations 2 N) and 6 N
+ * for a full fine-tune; N = all parameters. */
 #include "tools/bench/bench.h"
 
-#include "base/file.h"
-#include "engine/training/trainer.h"
-
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-enum { ROWS = 8, ROW_TOKENS = 256, WARM_STEPS = 2, STEPS = 12, WORDS = 60000 };
+enum { WARM_STEPS = 3, STEPS = 6 };
 
-struct bed {
-    char folder[64]; /* the job's, temporary */
-    char data[128];
-    struct kernel_device *device;
-    struct model *model;
-    struct tokenizer *tokenizer;
-    struct trainer *trainer;
+struct training {
+    struct bench_bed *bed;
+    struct adapter *adapter;
+    struct pass *pass;
+    struct batch *batch;
+    struct param_slice *slices;
+    int64_t planned_bytes, step;
+    double loss; /* of the last step, a target */
 };
 
-/* One long text of more tokens than the run takes: packing cuts it into full rows. */
-static int write_text(const char *path)
+/* Rows of random tokens, each to be predicted from those before it. */
+static int make_batch(const struct bench_case *wanted, int64_t vocab, struct batch **ret_batch,
+                      struct error *error)
 {
-    static const char *const words[] = {"the",     "river", "of",   "a",   "small", "house",
-                                        "and",     "its",   "king", "who", "said",  "that",
-                                        "nothing", "was",   "lost", "in",  "winter"};
-    FILE *file = fopen(path, "w");
-    if (!file)
-        return -1;
-    fputs("{\"text\": \"", file);
-    for (int i = 0; i < WORDS; i++)
-        fprintf(file, "%s ", words[(unsigned)(philox_uniform(1, (uint64_t)i) * 17.0f)]);
-    fputs("\"}\n", file);
-    return fclose(file);
+    struct batch *batch;
+    int64_t length = wanted->length, tokens = wanted->batch * length;
+    if (batch_create(tokens, wanted->batch, &batch))
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a batch of %" PRId64 " tokens", tokens);
+    for (int64_t t = 0; t < tokens; t++)
+        batch->ids[t] = (int32_t)((double)philox_uniform(1, (uint64_t)t) * (double)vocab);
+    for (int64_t t = 0; t < tokens; t++)
+        batch->targets[t] = t % length + 1 < length ? batch->ids[t + 1] : -100;
+    for (int32_t s = 0; s <= wanted->batch; s++)
+        batch->seq_starts[s] = (int32_t)(s * length);
+    batch->n_tokens = tokens;
+    batch->n_seqs = wanted->batch;
+    batch->n_targets = tokens - wanted->batch;
+    *ret_batch = batch;
+    return 0;
 }
 
-static int open_bed(const struct bench_options *options, struct bed *bed, struct error *error)
+static void training_close(struct bench_steps *steps)
 {
-    char path[4096];
-    struct trainer_options job = {
-        .base_name = "hatchling",
-        .spec = {.n_epochs = 1,
-                 .max_steps = WARM_STEPS + STEPS,
-                 .batch_size = ROWS,
-                 .gradient_accumulation_steps = 1,
-                 .max_seq_len = ROW_TOKENS,
-                 .packing = true,
-                 .adaptation = ADAPT_LORA,
-                 .lora = {.targets = TARGETS_DEFAULT, .rank = 8, .alpha = 16},
-                 .learning_rate = 1e-4f,
-                 .beta1 = 0.9f,
-                 .beta2 = 0.999f,
-                 .eps = 1e-8f,
-                 .max_grad_norm = 1,
-                 .checkpoint_steps = WARM_STEPS + STEPS},
-        .training_file = bed->data,
-        .folder = bed->folder,
-    };
-    snprintf(bed->folder, sizeof bed->folder, "/tmp/adderd-bench-XXXXXX");
-    if (!mkdtemp(bed->folder))
-        return error_set(error, ERROR_IO, "cannot make a folder in /tmp");
-    snprintf(bed->data, sizeof bed->data, "%s/text.jsonl", bed->folder);
-    if (write_text(bed->data))
-        return error_set(error, ERROR_IO, "cannot write %s", bed->data);
-    if (kernels_cpu()->device_open(0, options->threads, &bed->device))
-        return error_set(error, ERROR_DEVICE, "cannot open the CPU");
-    snprintf(path, sizeof path, "%s/hatchling", options->models);
-    int code = model_open(path, kernels_cpu(), bed->device, &bed->model, error);
+    struct training *training = steps->state;
+    if (!training)
+        return;
+    pass_free(training->pass);
+    adapter_free(training->adapter);
+    batch_free(training->batch);
+    free(training->slices);
+    free(training);
+    steps->state = NULL;
+}
+
+static int training_open(struct bench_steps *steps, const struct bench_case *wanted, struct bench_bed *bed,
+                         struct error *error)
+{
+    struct training *training = calloc(1, sizeof *training);
+    struct model *model = bed->model;
+    const struct plan_request request = {wanted->adaptation, wanted->lora, wanted->batch * wanted->length,
+                                         wanted->batch};
+    struct memory_plan plan;
+    steps->state = training;
+    if (!training)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a training run");
+    training->bed = bed;
+    if (wanted->precision != PRECISION_FP32)
+        return error_set(error, ERROR_UNSUPPORTED, "precision %s",
+                         training_precision_name(wanted->precision));
+    int code = model_plan(model, &request, &plan, error);
+    if (!code)
+        code = make_batch(wanted, model_config(model)->vocab_size, &training->batch, error);
+    if (!code)
+        code = adapter_create(model, wanted->adaptation, &wanted->lora, 1, &training->adapter, error);
+    if (!code)
+        code = pass_create(model, training->adapter, request.max_tokens, request.max_seqs, &training->pass,
+                           error);
     if (code)
         return code;
-    snprintf(path, sizeof path, "%s/hatchling/tokenizer.json", options->models);
-    code = tokenizer_load(path, &bed->tokenizer, error);
+    training->planned_bytes = model_weight_bytes(model) + plan.total_bytes;
+    training->slices = calloc((size_t)training->adapter->n_parameters, sizeof *training->slices);
+    if (!training->slices)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a training run");
+    for (int64_t i = 0; i < training->adapter->n_parameters; i++)
+        training->slices[i] = training->adapter->parameters[i].slice;
+    return 0;
+}
+
+static int training_step(struct bench_steps *steps, struct error *error)
+{
+    struct training *training = steps->state;
+    const struct kernel_ops *ops = training->bed->ops;
+    struct kernel_device *device = training->bed->device;
+    const struct pass_options options = {.backward = true, .grad_scale = 1};
+    struct pass_result result;
+    double sum = 0;
+    int code = pass_run(training->pass, training->batch, &options, &result, error);
     if (code)
         return code;
-    job.model = bed->model;
-    job.tokenizer = bed->tokenizer;
-    return trainer_open(&job, &bed->trainer, error);
+    training->loss = result.loss_sum / (double)result.n_targets;
+    const struct grad_norm_args norm = {training->slices, (int32_t)training->adapter->n_parameters, &sum};
+    const struct adamw_args adamw = {.slices = training->slices,
+                                     .n_slices = (int32_t)training->adapter->n_parameters,
+                                     .lr = 1e-4f,
+                                     .beta1 = 0.9f,
+                                     .beta2 = 0.999f,
+                                     .eps = 1e-8f,
+                                     .step = ++training->step,
+                                     .grad_scale = 1 / (float)result.n_targets};
+    int status = ops->grad_norm(device, &norm);
+    if (!status)
+        status = ops->adamw(device, &adamw);
+    if (!status)
+        status = ops->synchronize(device);
+    return status ? error_set(error, ERROR_DEVICE, "optimizer: %s", kernel_status_text(status)) : 0;
 }
 
-static void close_bed(struct bed *bed)
+const struct bench_steps bench_training_steps = {training_open, training_step, training_close, NULL};
+
+/* ---- cases ---- */
+
+static int report_case(struct bench_report *report, const struct bench_case *wanted,
+                       const struct training *training, double step, struct error *error)
 {
-    trainer_close(bed->trainer);
-    tokenizer_free(bed->tokenizer);
-    model_close(bed->model);
-    if (bed->device)
-        kernels_cpu()->device_close(bed->device);
-    file_remove_tree(bed->folder, NULL);
+    struct kernel_device_info info;
+    const struct bench_bed *bed = training->bed;
+    if (bed->ops->device_query(bed->device, &info))
+        return error_set(error, ERROR_DEVICE, "cannot query the device");
+    double tokens = (double)training->batch->n_tokens, peak = (double)info.peak_bytes;
+    double flop =
+        (wanted->adaptation == ADAPT_FULL ? 6 : 4) * (double)model_parameter_count(bed->model) * tokens;
+    double share = flop / step / report->machine.matrix[wanted->precision];
+    printf("  %-44s %9.2f %10.0f %9.3f %9.3f %9.1f %7.1f%% %8.3f %6.1f\n", wanted->text, 1e3 * step,
+           tokens / step, peak / 0x1p30, (double)training->planned_bytes / 0x1p30, peak / tokens / 1e3,
+           100 * share, training->loss, bed->load_seconds);
+    fflush(stdout);
+    bench_keep(report,
+               json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "case", wanted->text,
+                         "step_seconds", step, "tokens_per_second", tokens / step, "peak_bytes", peak,
+                         "planned_bytes", (double)training->planned_bytes, "bytes_per_token", peak / tokens,
+                         "ceiling_share", share, "loss", training->loss, "load_seconds", bed->load_seconds));
+    return 0;
 }
 
-/* All but the last step are timed: with that one the checkpoint is written. */
-static int run_steps(struct bed *bed, double seconds[STEPS - 1], int64_t *ret_tokens, struct error *error)
+static int run_case(const struct bench_options *options, struct bench_report *report, const char *text,
+                    struct error *error)
 {
-    struct trainer_status before, after;
-    for (int i = -WARM_STEPS; i < STEPS - 1; i++) {
-        if (i == 0)
-            trainer_status(bed->trainer, &before);
+    struct bench_case wanted;
+    struct bench_bed bed = {0};
+    struct bench_steps steps = bench_training_steps;
+    double seconds[STEPS];
+    int code = bench_case_parse(text, &wanted, error);
+    if (!code)
+        code = bench_bed_open(options, &wanted, bench_backend(options), &bed, error);
+    if (!code)
+        code = steps.open(&steps, &wanted, &bed, error);
+    for (int i = -WARM_STEPS; i < STEPS && !code; i++) {
         double began = bench_now();
-        int code = trainer_advance(bed->trainer, error);
-        if (code < 0)
-            return code;
+        code = steps.step(&steps, error);
         if (i >= 0)
             seconds[i] = bench_now() - began;
     }
-    trainer_status(bed->trainer, &after);
-    *ret_tokens = (after.trained_tokens - before.trained_tokens) / (STEPS - 1);
-    return 0;
+    if (!code)
+        code = report_case(report, &wanted, steps.state, bench_median(seconds, STEPS), error);
+    steps.close(&steps);
+    bench_bed_close(&bed);
+    return code;
+}
+
+/* A case that fails is one row less: the others are still worth having. */
+static int run_cases(const struct bench_options *options, struct bench_report *report, const char *title,
+                     const char *const *cases, int n_cases)
+{
+    int failed = 0;
+    bench_title(report, title);
+    printf("  %-44s %9s %10s %9s %9s %9s %8s %8s %6s\n", "", "ms a step", "tokens/s", "peak GiB", "planned",
+           "kB/token", "ceiling", "loss", "load s");
+    for (int i = 0; i < n_cases; i++) {
+        struct error error = {0};
+        if (run_case(options, report, cases[i], &error)) {
+            printf("  %-44s %s\n", cases[i], error.message);
+            fflush(stdout);
+            failed = 1;
+        }
+    }
+    return failed;
 }
 
 int bench_train(const struct bench_options *options, struct bench_report *report)
 {
-    struct bed bed = {0};
-    struct error error = {0};
-    double seconds[STEPS - 1];
-    int64_t tokens = 0;
-    int code = open_bed(options, &bed, &error);
-    if (!code)
-        code = run_steps(&bed, seconds, &tokens, &error);
-    if (code) {
-        fprintf(stderr, "adderd-bench: train: %s\n", error.message);
-    } else {
-        struct trainer_status status;
-        trainer_status(bed.trainer, &status);
-        double step = bench_median(seconds, STEPS - 1), rate = (double)tokens / step;
-        double work = 4 * (double)model_parameter_count(bed.model);
-        bench_title(report, "train, LoRA on hatchling through the trainer, 8 x 256 tokens");
-        bench_row(report, "step", 1e3 * step, "ms", "median");
-        bench_row(report, "tokens a step", (double)tokens, "", NULL);
-        bench_row(report, "tokens a second", rate, "1/s", NULL);
-        bench_row(report, "share of sgemm at 4N a token", 100 * work * rate / report->machine.sgemm, "%",
-                  "goal: 35");
-        bench_row(report, "peak memory", 1e-6 * (double)status.peak_bytes, "MB", "weights included");
-        bench_row(report, "memory a token", 1e-3 * status.bytes_per_token, "kB", "of a micro-batch");
+    static const char *const cpu_cases[] = {"hatchling 8x256 lora"};
+    static const char *const cuda_cases[] = {"130m 16x512 lora projections bf16",
+                                             "130m 64x512 lora projections bf16",
+                                             "370m 16x512 lora projections bf16",
+                                             "790m 8x512 lora projections bf16",
+                                             "1.4b 8x512 lora projections bf16",
+                                             "2.8b 8x512 lora projections bf16",
+                                             "130m 8x2048 lora projections bf16",
+                                             "130m 1x16384 lora projections bf16",
+                                             "130m 16x512 full bf16",
+                                             "130m 64x512 full bf16",
+                                             "790m 8x512 full bf16",
+                                             "1.4b 8x512 full bf16",
+                                             "2.8b 8x512 full bf16",
+                                             "130m 16x512 full fp32",
+                                             "130m 64x512 full fp32",
+                                             "790m 8x512 full fp32",
+                                             "1.4b 8x512 full fp32",
+                                             "2.8b 8x512 full fp32",
+                                             "790m 8x512 full tf32"};
+    const char *const *cases = options->n_cases ? options->cases : options->cuda ? cuda_cases : cpu_cases;
+    int n_cases = options->n_cases ? options->n_cases
+                  : options->cuda  ? (int)(sizeof cuda_cases / sizeof *cuda_cases)
+                                   : 1;
+    return run_cases(options, report, "train", cases, n_cases);
+}
+
+int bench_paper(const struct bench_options *options, struct bench_report *report)
+{
+    static const char *const shapes[] = {"130m 64x512", "370m 16x512", "790m 8x512", "1.4b 8x512",
+                                         "2.8b 8x512"};
+    static const char *const adaptations[] = {"full", "lora sll", "lora all"};
+    enum { N = 5 * 3 * BENCH_PRECISIONS };
+    char texts[N][96];
+    const char *cases[N];
+    int n = 0;
+    for (int shape = 0; shape < 5; shape++)
+        for (int adaptation = 0; adaptation < 3; adaptation++)
+            for (int precision = 0; precision < BENCH_PRECISIONS; precision++, n++) {
+                snprintf(texts[n], sizeof texts[n], "%s %s %s", shapes[shape], adaptations[adaptation],
+                         training_precision_name((enum precision)precision));
+                cases[n] = texts[n];
+            }
+    return run_cases(options, report, "precisions and adaptations", cases, n);
+}
+
+int bench_growth(const struct bench_options *options, struct bench_report *report)
+{
+    enum { TOKENS = 65536, SHORTEST = 512 };
+    char texts[16][96];
+    const char *cases[16];
+    int n = 0;
+    for (int length = SHORTEST; length <= TOKENS; length *= 2, n++) {
+        snprintf(texts[n], sizeof texts[n], "130m %dx%d lora projections bf16", TOKENS / length, length);
+        cases[n] = texts[n];
     }
-    close_bed(&bed);
-    return code != 0;
+    return run_cases(options, report, "growth with length", cases, n);
 }
