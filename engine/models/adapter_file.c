@@ -131,6 +131,7 @@ static int load_lora(struct adapter *adapter, const char *path, struct error *er
     int code = safetensors_open(path, &file, error);
     if (code)
         return code;
+    struct uploader uploader = {.ops = adapter->model->ops, .device = adapter->model->device};
     for (int64_t i = 0; !code && i < adapter->n_parameters; i++) {
         const struct parameter *parameter = &adapter->parameters[i];
         const struct tensor_view *view;
@@ -139,9 +140,9 @@ static int load_lora(struct adapter *adapter, const char *path, struct error *er
         snprintf(spec.name, sizeof spec.name, "%s", parameter->name);
         code = model_find_tensor(file, &spec, path, &view, error);
         if (!code)
-            code = model_upload(adapter->model->ops, adapter->model->device, view, parameter->slice.param,
-                                TYPE_F32, error);
+            code = uploader_copy(&uploader, view, parameter->slice.param, TYPE_F32, error);
     }
+    uploader_free(&uploader);
     for (int64_t i = 0; !code && i < safetensors_count(file); i++) {
         const char *name = safetensors_at(file, i)->name;
         if (!adapter_find(adapter, name))
@@ -159,6 +160,7 @@ static int load_full(struct adapter *adapter, const char *folder, struct error *
     int code = safetensors_open(folder, &file, error);
     if (code)
         return code;
+    struct uploader uploader = {.ops = model->ops, .device = model->device};
     code = model_check_names(&model->config, model->family, file, folder, error);
     for (int64_t i = 0; !code && i < model->n_weights; i++) {
         const struct tensor_view *view;
@@ -166,9 +168,9 @@ static int load_full(struct adapter *adapter, const char *folder, struct error *
         model->family->tensor(&model->config, i, &spec);
         code = model_find_tensor(file, &spec, folder, &view, error);
         if (!code)
-            code = model_upload(model->ops, model->device, view, adapter->parameters[i].slice.param, TYPE_F32,
-                                error);
+            code = uploader_copy(&uploader, view, adapter->parameters[i].slice.param, TYPE_F32, error);
     }
+    uploader_free(&uploader);
     if (!code)
         code = model_status(model->family->derive(model, adapter, adapter->derived), error, "%s", folder);
     safetensors_close(file);

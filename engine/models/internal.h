@@ -34,9 +34,17 @@ int model_find_tensor(const struct safetensors *file, const struct tensor_spec *
 /* Every tensor of the file must be one that the family names; the first that is not is the error. */
 int model_check_names(const struct model_config *config, const struct family *family,
                       const struct safetensors *file, const char *path, struct error *error);
-/* Copy a mapped tensor to the device, into another type when that differs. */
-int model_upload(const struct kernel_ops *ops, struct kernel_device *device, const struct tensor_view *view,
-                 void *to, enum kernel_type to_type, struct error *error);
+/* Copies mapped tensors to the device, one after another, into another type when that differs: what is to be
+ * converted passes through one area there, which grows to the largest of them. Zeroed but for the first two = ready. */
+struct uploader {
+    const struct kernel_ops *ops;
+    struct kernel_device *device;
+    void *staging;
+    size_t staging_bytes;
+};
+int uploader_copy(struct uploader *uploader, const struct tensor_view *view, void *to,
+                  enum kernel_type to_type, struct error *error);
+void uploader_free(struct uploader *uploader);
 
 /* A weight as a pass sees it: the base's, or the master copy of a full fine-tune with its gradient. */
 struct weight_view {

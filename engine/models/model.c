@@ -149,28 +149,36 @@ int model_check_names(const struct model_config *config, const struct family *fa
     return code;
 }
 
-int model_upload(const struct kernel_ops *ops, struct kernel_device *device, const struct tensor_view *view,
-                 void *to, enum kernel_type to_type, struct error *error)
+int uploader_copy(struct uploader *uploader, const struct tensor_view *view, void *to,
+                  enum kernel_type to_type, struct error *error)
 {
-    void *staged = NULL;
-    int status;
+    const struct kernel_ops *ops = uploader->ops;
+    size_t bytes = (size_t)view->count * kernel_type_size(view->type);
+    int status = 0;
     if (!view->count)
         return 0;
-    if (view->type == to_type) {
-        status = ops->copy_in(device, to, view->data, (size_t)view->count * kernel_type_size(to_type));
-    } else {
-        size_t bytes = (size_t)view->count * kernel_type_size(view->type);
-        status = ops->memory_alloc(device, bytes, &staged);
-        if (!status)
-            status = ops->copy_in(device, staged, view->data, bytes);
-        if (!status)
-            status = ops->cast(device, to, to_type, staged, view->type, view->count);
-        if (!status)
-            status = ops->synchronize(device);
-        if (staged)
-            ops->memory_free(device, staged);
+    if (view->type == to_type)
+        return model_status(ops->copy_in(uploader->device, to, view->data, bytes), error, "tensor %s",
+                            view->name);
+    if (uploader->staging_bytes < bytes) {
+        uploader_free(uploader);
+        status = ops->memory_alloc(uploader->device, bytes, &uploader->staging);
+        uploader->staging_bytes = status ? 0 : bytes;
     }
+    if (!status)
+        status = ops->copy_in(uploader->device, uploader->staging, view->data, bytes);
+    if (!status)
+        status = ops->cast(uploader->device, to, to_type, uploader->staging, view->type, view->count);
     return model_status(status, error, "tensor %s", view->name);
+}
+
+/* Freeing waits for what still reads it. */
+void uploader_free(struct uploader *uploader)
+{
+    if (uploader->staging)
+        uploader->ops->memory_free(uploader->device, uploader->staging);
+    uploader->staging = NULL;
+    uploader->staging_bytes = 0;
 }
 
 /* Fill model->weights from the family's table, data still unset. */
@@ -215,26 +223,25 @@ static int list_weights(struct model *model, const struct safetensors *file, con
 
 static int load_weights(struct model *model, const struct safetensors *file, struct error *error)
 {
-    int status = model->ops->memory_alloc(model->device, (size_t)model->arena_bytes, &model->arena);
+    struct uploader uploader = {.ops = model->ops, .device = model->device};
+    int status = model->ops->memory_alloc(model->device, (size_t)model->arena_bytes, &model->arena), code = 0;
     if (status)
         return model_status(status, error, "%" PRId64 " bytes of weights", model->arena_bytes);
     char *next = model->arena;
-    for (int64_t i = 0; i < model->n_weights; i++) {
+    for (int64_t i = 0; i < model->n_weights && !code; i++) {
         struct weight *weight = &model->weights[i];
         struct tensor_spec spec;
         const struct tensor_view *view;
         model->family->tensor(&model->config, i, &spec);
-        int code = model_find_tensor(file, &spec, model->folder, &view, error);
-        if (code)
-            return code;
         weight->data = next;
         next += plan_round(weight->count * (int64_t)kernel_type_size(weight->type));
-        code = model_upload(model->ops, model->device, view, weight->data, weight->type, error);
-        if (code)
-            return code;
+        code = model_find_tensor(file, &spec, model->folder, &view, error);
+        if (!code)
+            code = uploader_copy(&uploader, view, weight->data, weight->type, error);
     }
+    uploader_free(&uploader);
     model->derived = (float *)(void *)next;
-    return model_status(model->family->derive(model, NULL, model->derived), error, "weights");
+    return code ? code : model_status(model->family->derive(model, NULL, model->derived), error, "weights");
 }
 
 int model_open(const char *folder, const struct kernel_ops *ops, struct kernel_device *device,
