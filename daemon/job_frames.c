@@ -60,9 +60,10 @@ static void on_invalid(struct live_job *live, const json_t *payload)
 void job_frames_validation(void *arg, enum frame_type type, const json_t *payload)
 {
     struct live_job *live = arg;
+    struct scheduler *scheduler = live->scheduler;
+    const struct lane *lane = scheduler_lane_of(scheduler, live->validator);
     live->writes--; /* the request held the memory as a write does */
     live->validator = NULL;
-    struct scheduler *scheduler = live->scheduler;
     if (live->ended || live->ending.status || live->job.status != JOB_VALIDATING || scheduler->draining) {
         live_job_release(live);
         return;
@@ -82,7 +83,8 @@ void job_frames_validation(void *arg, enum frame_type type, const json_t *payloa
     } else if (type == FRAME_JOB_INVALID) {
         on_invalid(live, payload);
     } else if (!strcmp(string_or_empty(payload, "code"), error_code_name(ERROR_DEVICE)) &&
-               ++live->deaths < DEATHS_AT_ONE_STEP) {
+               ((lane && lane->job[0]) || ++live->deaths < DEATHS_AT_ONE_STEP)) {
+        live->suspect = true;
         scheduler_run(scheduler); /* the worker died: another one, or the next, will do it */
     } else {
         live_job_end(live, JOB_FAILED, string_or_empty(payload, "code"), string_or_empty(payload, "param"),

@@ -33,7 +33,10 @@ struct live_job {
                    */
     bool refused; /* the last row was not taken: it is written again by the retry timer */
     bool ended;   /* the final row is committed */
-    int deaths;   /* workers lost while it stood at death_step */
+    bool
+        suspect; /* a worker was lost that trained another job and had this one's validation before it: either may
+                     be the cause, so it is validated again where no job trains */
+    int deaths; /* workers lost while it stood at death_step, or was validated alone */
     int64_t death_step;
     struct waiter *waiters;
     struct event_subscription *subscriptions;

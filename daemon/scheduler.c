@@ -55,8 +55,8 @@ static json_t *job_payload(struct live_job *live)
                      json_sprintf("%s/jobs/%s", live->scheduler->options.data_dir, live->job.id));
 }
 
-/* The least loaded that is up. */
-static struct worker *pick(const struct scheduler *scheduler, bool for_training)
+/* The least loaded that is up; idle: and trains no job. */
+static struct worker *pick(const struct scheduler *scheduler, bool for_training, bool idle)
 {
     struct worker *best = NULL;
     int best_load = 0;
@@ -64,7 +64,8 @@ static struct worker *pick(const struct scheduler *scheduler, bool for_training)
         struct worker_info info;
         worker_info(scheduler->lanes[i].worker, &info);
         int load = info.running + info.waiting + (scheduler->lanes[i].job[0] ? 1 : 0);
-        if (info.up && (!for_training || scheduler->lanes[i].trains) && (!best || load < best_load)) {
+        bool fits = (!for_training || scheduler->lanes[i].trains) && (!idle || !scheduler->lanes[i].job[0]);
+        if (info.up && fits && (!best || load < best_load)) {
             best = scheduler->lanes[i].worker;
             best_load = load;
         }
@@ -74,7 +75,7 @@ static struct worker *pick(const struct scheduler *scheduler, bool for_training)
 
 static void start_validation(struct live_job *live)
 {
-    struct worker *worker = pick(live->scheduler, true);
+    struct worker *worker = pick(live->scheduler, true, live->suspect);
     if (!worker)
         return;
     live->validation =
@@ -219,7 +220,7 @@ static void on_worker_down(void *arg, struct worker *worker, const char *reason)
     live->deaths = live->death_step == live->job.step ? live->deaths + 1 : 1;
     live->death_step = live->job.step;
     if (live->deaths >= DEATHS_AT_ONE_STEP) {
-        char message[300];
+        char message[sizeof live->ending.message];
         snprintf(message, sizeof message, "The worker died %d times at step %lld: %s", live->deaths,
                  (long long)live->job.step, reason);
         live_job_end(live, JOB_FAILED, "worker_lost", NULL, message);
@@ -249,7 +250,7 @@ bool scheduler_uses_model(struct scheduler *scheduler, const char *id)
 
 struct worker *scheduler_pick(struct scheduler *scheduler)
 {
-    return pick(scheduler, false);
+    return pick(scheduler, false, false);
 }
 
 void scheduler_each(struct scheduler *scheduler, void (*visit)(void *arg, const struct job_resource *job),

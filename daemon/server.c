@@ -37,7 +37,7 @@ struct daemon {
 /* The default model on one worker. */
 struct loading {
     bool loaded;
-    char reason[256]; /* why not */
+    char reason[256]; /* why not, or why the worker is down */
 };
 
 /* ---- workers ---- */
@@ -60,7 +60,7 @@ bool server_is_ready(const struct server *server, char reason[256])
         worker_info(worker_pool_at(server->pool, i), &info);
         if (info.up && (!wants_model || daemon->loading[i].loaded))
             return true;
-        if (info.up)
+        if (info.up || daemon->loading[i].reason[0])
             snprintf(reason, 256, "%s",
                      daemon->loading[i].reason[0] ? daemon->loading[i].reason
                                                   : "The default model is being loaded.");
@@ -101,8 +101,14 @@ static void on_worker_up(void *arg, struct worker *worker)
 static void on_worker_down(void *arg, struct worker *worker, const char *reason)
 {
     struct daemon *daemon = arg;
-    if (daemon->loading)
-        loading_of(daemon, worker)->loaded = false;
+    if (daemon->loading) {
+        struct loading *loading = loading_of(daemon, worker);
+        struct worker_info info;
+        worker_info(worker, &info);
+        loading->loaded = false;
+        snprintf(loading->reason, sizeof loading->reason, "The worker of %s is down: %s", info.device,
+                 reason);
+    }
     if (!daemon->server.stopping)
         metrics_add(daemon->server.metrics, COUNTER_WORKER_RESTARTS, 1);
     daemon->to_scheduler.down(daemon->to_scheduler.arg, worker, reason);

@@ -36,7 +36,7 @@ struct process {
     uint64_t started_ms, last_frame_ms;
     struct buffer in;
     char chunk[65536];
-    char reason[160]; /* why we killed it, "" when we did not */
+    char reason[640]; /* why we killed it, in its own words if it had any; "" when we did not */
 };
 
 struct worker {
@@ -214,6 +214,11 @@ static int on_hello(struct worker *worker, const json_t *payload)
 static int on_frame(struct worker *worker, const struct frame *frame)
 {
     struct worker_pool *pool = worker->pool;
+    if (frame->type == FRAME_FAULT) {
+        const char *reason = json_string_value(json_object_get(frame->payload, "reason"));
+        process_kill(worker->process, reason && *reason ? reason : "a fault without a reason");
+        return 0; /* it was about to end: a driver that has lost its device may hang in that */
+    }
     if (frame->type == FRAME_HELLO)
         return worker->up ? ERROR_CORRUPT : on_hello(worker, frame->payload);
     if (!worker->up)

@@ -27,7 +27,8 @@ struct worker_info {
 struct worker_pool_callbacks {
     void *arg;
     void (*up)(void *arg, struct worker *worker);
-    /* The process is gone; reason is one line for people ("killed by signal 9", "no heartbeat for 30 s").
+    /* The process is gone; reason is one line for people ("killed by signal 9", "no heartbeat for 30 s", or its own
+     * last words, "the device is lost (an illegal memory access was encountered)").
      * Requests in flight there have already been failed through their own callbacks. */
     void (*down)(void *arg, struct worker *worker, const char *reason);
     /* JOB_* frames (id 0) and answers to job_validate. payload is borrowed. */

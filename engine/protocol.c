@@ -36,6 +36,7 @@ static const struct {
     {FRAME_JOB_CHECKPOINT, "job_checkpoint"},
     {FRAME_JOB_CHECKPOINT_DROPPED, "job_checkpoint_dropped"},
     {FRAME_JOB_ENDED, "job_ended"},
+    {FRAME_FAULT, "fault"},
 };
 
 static const char *find_name(unsigned type)

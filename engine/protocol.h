@@ -77,6 +77,8 @@
  *     "best","resumable_only"}
  *   JOB_CHECKPOINT_DROPPED          its folder is gone: keep_checkpoints newer ones exist
  *     {"job","attempt","step"}
+ *   FAULT                           its last frame, perhaps its first: why the process ends by itself
+ *     {"reason"}
  *   JOB_ENDED
  *     {"job","attempt","status": "succeeded"|"failed"|"cancelled"|"paused","resumable": bool (a checkpoint to
  *     go on from was written),"folder": the adapter's or null,"trained_tokens","step",
@@ -124,6 +126,7 @@ enum frame_type {
     FRAME_JOB_CHECKPOINT,
     FRAME_JOB_CHECKPOINT_DROPPED,
     FRAME_JOB_ENDED,
+    FRAME_FAULT,
 };
 
 struct frame {

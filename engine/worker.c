@@ -40,10 +40,21 @@ int64_t worker_now_us(void)
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
+void worker_fault(struct worker *worker, const struct error *error)
+{
+    struct error *fault = &worker->fault;
+    const char *driver = worker->device ? worker->ops->device_fault(worker->device) : NULL;
+    if (fault->code)
+        return;
+    error_set(fault, error->code, "%s%s%.100s%s", error->message, driver ? " (" : "", driver ? driver : "",
+              driver ? ")" : "");
+    log_write(LOG_ERROR, "the worker must end", "job", worker->job.name, "reason", fault->message, NULL);
+}
+
 void worker_fail(struct worker *worker, uint64_t id, const struct error *error)
 {
     if (error->code == ERROR_DEVICE)
-        worker->device_failure = error->code;
+        worker_fault(worker, error);
     worker_stream_send(&worker->stream, FRAME_FAILED, id, frame_error_payload(error));
 }
 
@@ -311,7 +322,7 @@ static int pump(struct worker *worker)
     while (worker_stream_next(&worker->stream, &frame) > 0)
         dispatch(worker, &frame);
     worker_stream_flush(&worker->stream);
-    return worker->stream.failure ? worker->stream.failure : worker->device_failure;
+    return worker->stream.failure ? worker->stream.failure : worker->fault.code;
 }
 
 /* One quantum of every generator that has work. Their requests hear of failures themselves. */
@@ -323,7 +334,7 @@ static void generate(struct worker *worker)
             continue;
         log_write(LOG_ERROR, "generation failed", "model", model->id, "reason", error.message, NULL);
         if (error.code == ERROR_DEVICE)
-            worker->device_failure = error.code;
+            worker_fault(worker, &error);
     }
 }
 
@@ -349,15 +360,24 @@ static int generate_in_turn(struct worker *worker)
     return status;
 }
 
+/* The last words of a process that ends by itself; to nobody, when it ends because the daemon is gone. */
+static void send_fault(struct worker *worker)
+{
+    const char *reason = worker->fault.message;
+    if (worker->fault.code)
+        worker_stream_send(&worker->stream, FRAME_FAULT, 0,
+                           json_pack("{s:o}", "reason", frame_text(reason, strlen(reason))));
+    worker_stream_drain(&worker->stream, worker->fault.code ? DRAIN_MS : 0);
+}
+
 void worker_yield(void *arg)
 {
     struct worker *worker = arg;
-    int status = generate_in_turn(worker);
-    if (!status)
+    if (!generate_in_turn(worker))
         return;
     log_write(LOG_WARN, "leaving in the middle of a job", "reason",
-              worker->stream.failure ? worker->stream.error.message : "the device is lost", NULL);
-    worker_stream_drain(&worker->stream, worker->device_failure ? DRAIN_MS : 0);
+              worker->fault.code ? worker->fault.message : worker->stream.error.message, NULL);
+    send_fault(worker);
     _exit(EXIT_FAILURE);
 }
 
@@ -413,7 +433,7 @@ static int open_device(struct worker *worker, struct error *error)
         return error_set_param(error, ERROR_INVALID, "device", "\"%s\" is not a device: cpu or cuda:N", name);
     if (is_cpu)
         setpriority(PRIO_PROCESS, 0, CPU_NICENESS); /* inherited by the device's threads */
-    worker->ops = is_cpu ? kernels_cpu() : kernels_cuda();
+    worker->ops = worker->options->ops ? worker->options->ops : is_cpu ? kernels_cpu() : kernels_cuda();
     if (worker->ops == NULL)
         return error_set_param(error, ERROR_UNSUPPORTED, "device", "this build has no CUDA backend");
     int status = worker->ops->device_open(index, worker->options->threads, &worker->device);
@@ -478,7 +498,8 @@ int worker_run(const struct worker_options *options)
     if (!status)
         status = open_device(&worker, &error);
     if (status) {
-        log_write(LOG_ERROR, "the worker cannot start", "reason", error.message, NULL);
+        worker_fault(&worker, &error);
+        send_fault(&worker);
         close_worker(&worker);
         return EXIT_FAILURE;
     }
@@ -487,9 +508,10 @@ int worker_run(const struct worker_options *options)
     status = run_loop(&worker);
     if (!status)
         worker_job_pause(&worker);
+    else if (worker.fault.code)
+        send_fault(&worker);
     else
-        log_write(LOG_WARN, "the worker ends", "reason",
-                  worker.stream.failure ? worker.stream.error.message : "the device is lost", NULL);
+        log_write(LOG_WARN, "the worker ends", "reason", worker.stream.error.message, NULL);
     close_worker(&worker);
     return status ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -39,12 +39,16 @@ struct worker {
     /* While a job trains: the time generation may take before training has its turn again, and since when
      * training has had it. */
     int64_t credit_us, trained_since_us;
-    int device_failure; /* ERROR_DEVICE once the device is lost: the process ends */
+    struct error
+        fault; /* code not 0: the device is lost, or its memory is not what it was planned to be; the process
+                           ends and says so */
     bool shutdown;
 };
 
 /* The clock of everything here, in microseconds. */
 int64_t worker_now_us(void);
+/* From now on the process ends, with this reason and what the device's driver says. The first one counts. */
+void worker_fault(struct worker *worker, const struct error *error);
 /* Answer a request that failed. */
 void worker_fail(struct worker *worker, uint64_t id, const struct error *error);
 

@@ -216,17 +216,16 @@ static void end_job(struct worker *worker, const char *status, bool resumable, b
     worker_stream_send(&worker->stream, FRAME_JOB_ENDED, 0, payload);
 }
 
-/* A job that failed. A lost device is not the job's fault: the process ends without a word about it, and the
- * daemon starts it again from its checkpoint. */
+/* A job that failed. A lost device is not held to be the job's fault: the process ends without a word about the
+ * job, and the daemon starts it again from its checkpoint. */
 static void fail_job(struct worker *worker, const struct error *error)
 {
     if (error->code == ERROR_DEVICE) {
-        log_write(LOG_ERROR, "the device is lost", "job", worker->job.name, "reason", error->message, NULL);
-        worker->device_failure = error->code;
+        worker_fault(worker, error);
         worker_job_abandon(worker);
-        return;
+    } else {
+        end_job(worker, "failed", false, false, error);
     }
-    end_job(worker, "failed", false, false, error);
 }
 
 /* A job that does not become the running one. */
@@ -331,7 +330,12 @@ void worker_job_advance(struct worker *worker)
     struct error error = {0};
     worker->trained_since_us = worker_now_us();
     int status = trainer_advance(worker->job.trainer, &error);
-    if (status < 0)
+    /* The plan was held against what was free. That memory runs out all the same is mended by a new process if by
+     * anything, as a lost device is. */
+    if (status == ERROR_NO_MEMORY) {
+        worker_fault(worker, &error);
+        worker_job_abandon(worker);
+    } else if (status < 0)
         fail_job(worker, &error);
     else if (status == TRAINER_FINISHED)
         end_job(worker, "succeeded", false, true, NULL);

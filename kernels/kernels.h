@@ -426,6 +426,8 @@ struct kernel_ops {
     void (*device_close)(struct kernel_device *device);
     int (*device_query)(struct kernel_device *device, struct kernel_device_info *ret_info);
     void (*device_reset_peak)(struct kernel_device *device);
+    /* Why the device is lost, in its driver's words; NULL while it is not. */
+    const char *(*device_fault)(const struct kernel_device *device);
     /* Device memory, 64-byte aligned, not zeroed. */
     int (*memory_alloc)(struct kernel_device *device, size_t bytes, void **ret_pointer);
     void (*memory_free)(struct kernel_device *device, void *pointer);

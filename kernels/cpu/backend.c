@@ -27,6 +27,7 @@ const struct kernel_ops *CPU_NAME(cpu_ops)(void)
         .device_close = cpu_device_close,
         .device_query = cpu_device_query,
         .device_reset_peak = cpu_device_reset_peak,
+        .device_fault = cpu_device_fault,
         .memory_alloc = cpu_memory_alloc,
         .memory_free = cpu_memory_free,
         .copy_in = cpu_memory_copy,

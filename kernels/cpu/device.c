@@ -89,6 +89,13 @@ void cpu_device_reset_peak(struct kernel_device *device)
     device->peak_bytes = device->allocated_bytes;
 }
 
+/* A CPU that fails takes the process along. */
+const char *cpu_device_fault(const struct kernel_device *device)
+{
+    (void)device;
+    return NULL;
+}
+
 /* The padding lets a vector load that starts inside the last line stay inside the allocation. Large blocks
  * ask for large pages: weights that stream by in decoding are read a third faster so. */
 static void *alloc_aligned(size_t bytes)

@@ -40,6 +40,7 @@ int cpu_device_open(int index, int threads, struct kernel_device **ret_device);
 void cpu_device_close(struct kernel_device *device);
 int cpu_device_query(struct kernel_device *device, struct kernel_device_info *ret_info);
 void cpu_device_reset_peak(struct kernel_device *device);
+const char *cpu_device_fault(const struct kernel_device *device);
 int cpu_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer);
 void cpu_memory_free(struct kernel_device *device, void *pointer);
 int cpu_memory_copy(struct kernel_device *device, void *to, const void *from, size_t bytes);

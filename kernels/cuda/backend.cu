@@ -9,6 +9,7 @@ static struct kernel_ops make_ops(void)
     ops.device_close = cuda_device_close;
     ops.device_query = cuda_device_query;
     ops.device_reset_peak = cuda_device_reset_peak;
+    ops.device_fault = cuda_device_fault;
     ops.memory_alloc = cuda_memory_alloc;
     ops.memory_free = cuda_memory_free;
     ops.copy_in = cuda_copy_in;

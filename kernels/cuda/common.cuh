@@ -72,7 +72,8 @@ int cuda_blas_load(const struct cuda_blas **ret_blas);
 
 struct kernel_device {
     int index;
-    int status; /* KERNEL_DEVICE_LOST for good once a call says so */
+    int status;     /* KERNEL_DEVICE_LOST for good once a call says so */
+    char fault[96]; /* why */
     int multiprocessors;
     int shared_bytes; /* most that a block can opt in to */
     cudaStream_t stream;
@@ -274,6 +275,7 @@ int cuda_device_open(int index, int threads, struct kernel_device **ret_device);
 void cuda_device_close(struct kernel_device *device);
 int cuda_device_query(struct kernel_device *device, struct kernel_device_info *ret_info);
 void cuda_device_reset_peak(struct kernel_device *device);
+const char *cuda_device_fault(const struct kernel_device *device);
 int cuda_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer);
 void cuda_memory_free(struct kernel_device *device, void *pointer);
 int cuda_copy_in(struct kernel_device *device, void *to_device, const void *from_host, size_t bytes);

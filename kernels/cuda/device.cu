@@ -13,6 +13,15 @@ enum {
 };
 static const size_t BLAS_WORKSPACE_BYTES = (size_t)32 << 20; /* what cuBLAS recommends for Hopper */
 
+/* For good: what the first failing call said is the reason, later ones only repeat it. */
+static int lose_device(struct kernel_device *device, const char *reason)
+{
+    if (device->status == KERNEL_OK)
+        snprintf(device->fault, sizeof(device->fault), "%s", reason);
+    device->status = KERNEL_DEVICE_LOST;
+    return KERNEL_DEVICE_LOST;
+}
+
 int cuda_check(struct kernel_device *device, cudaError_t code)
 {
     switch (code) {
@@ -31,8 +40,7 @@ int cuda_check(struct kernel_device *device, cudaError_t code)
         (void)cudaGetLastError();
         return KERNEL_UNSUPPORTED;
     default:
-        device->status = KERNEL_DEVICE_LOST;
-        return KERNEL_DEVICE_LOST;
+        return lose_device(device, cudaGetErrorString(code));
     }
 }
 
@@ -49,8 +57,9 @@ int cuda_check_blas(struct kernel_device *device, cublasStatus_t code)
     case CUBLAS_STATUS_ARCH_MISMATCH:
         return KERNEL_UNSUPPORTED;
     default:
-        device->status = KERNEL_DEVICE_LOST;
-        return KERNEL_DEVICE_LOST;
+        char reason[32];
+        snprintf(reason, sizeof(reason), "cuBLAS failed with %d", (int)code);
+        return lose_device(device, reason);
     }
 }
 
@@ -230,6 +239,11 @@ int cuda_device_query(struct kernel_device *device, struct kernel_device_info *r
 void cuda_device_reset_peak(struct kernel_device *device)
 {
     device->peak_bytes = device->allocated_bytes;
+}
+
+const char *cuda_device_fault(const struct kernel_device *device)
+{
+    return device->status == KERNEL_OK ? NULL : device->fault;
 }
 
 int cuda_memory_alloc(struct kernel_device *device, size_t bytes, void **ret_pointer)

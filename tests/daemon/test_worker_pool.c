@@ -53,6 +53,10 @@ static int worker_main(const char *device)
         return 7;
     if (!strcmp(device, "silent"))
         pause();
+    if (!strcmp(device, "absent")) {
+        say(FRAME_FAULT, 0, json_pack("{s:s}", "reason", "there is no such GPU"));
+        return 1;
+    }
     say(FRAME_HELLO, 0, hello(strcmp(device, "old") ? PROTOCOL_VERSION : PROTOCOL_VERSION + 1));
     if (!strcmp(device, "garbage") && write(3, "this is no frame, not at all", 28) < 0)
         return 9;
@@ -66,6 +70,10 @@ static int worker_main(const char *device)
         }
         if (frame.type == FRAME_COMPLETE && !strcmp(device, "crashes"))
             abort();
+        if (frame.type == FRAME_COMPLETE && !strcmp(device, "faulty")) {
+            say(FRAME_FAULT, 0, json_pack("{s:s}", "reason", "an illegal address"));
+            pause(); /* a driver may hang */
+        }
         if (frame.type == FRAME_COMPLETE) {
             say(FRAME_CHUNK, frame.id, json_pack("{s:i}", "index", 0));
             say(FRAME_CHUNK, frame.id, json_pack("{s:i}", "index", 1));
@@ -231,6 +239,19 @@ static void test_death_fails_what_is_in_flight_and_starts_again(void **state)
     assert_non_null(strstr(scene.reason, "no heartbeat for 0.4 s"));
 }
 
+static void test_last_words_are_the_reason(void **state)
+{
+    (void)state;
+    struct scene scene;
+    play(&scene, "absent", THEN_NOTHING, 2);
+    assert_int_equal(scene.ups, 0);
+    assert_string_equal(scene.reason, "there is no such GPU");
+    play(&scene, "faulty", THEN_REQUEST, 1);
+    assert_string_equal(scene.reason, "an illegal address");
+    assert_int_equal(scene.last, FRAME_FAILED);
+    assert_non_null(strstr(scene.message, "an illegal address"));
+}
+
 static void test_backoff_grows(void **state)
 {
     (void)state;
@@ -270,6 +291,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_answers_come_in_order),
         cmocka_unit_test(test_cancelled_request_is_never_heard_of_again),
         cmocka_unit_test(test_death_fails_what_is_in_flight_and_starts_again),
+        cmocka_unit_test(test_last_words_are_the_reason),
         cmocka_unit_test(test_backoff_grows),
         cmocka_unit_test(test_silent_worker_is_killed),
         cmocka_unit_test(test_broken_protocol_is_named),

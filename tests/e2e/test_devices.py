@@ -1,8 +1,10 @@
 """What the devices of the workers mean for a job: its precision, and where it is trained."""
+import time
+
 import openai
 import pytest
 
-from conftest import upload, wait_for
+from conftest import PATIENCE, upload, wait_for
 
 
 def create(client, **hyperparameters):
@@ -31,8 +33,13 @@ def test_cpu_refuses_what_it_cannot_do(client, precision):
 
 def test_jobs_wait_for_the_gpu_of_a_mixed_pool(own_server):
     """A GPU that is not there says why; the CPU beside it completes, and trains nothing."""
-    client = own_server("--device", "cuda:99").openai()
+    server = own_server("--device", "cuda:99")
+    client = server.openai()
     assert client.completions.create(model="hatchling", prompt="The", max_tokens=2).choices[0].text
+    deadline = time.monotonic() + 20 * PATIENCE
+    while "cuda:99" not in server.text_log() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "worker down" in server.text_log() and ("device cuda:99 does not open" in server.text_log() or "no CUDA" in server.text_log())
     job = create(client, max_steps=1)
     assert precision(job) == "bf16"
     assert precision(create(client, precision="fp32")) == "fp32"

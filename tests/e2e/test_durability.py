@@ -102,6 +102,27 @@ def test_paused_job_survives_a_kill(own_server, undisturbed):
     assert losses(client, job) == undisturbed
 
 
+def test_job_that_kills_its_worker_twice_fails_alone(own_server):
+    """Twice at the same step is the job's own fault; the next one has a worker again."""
+    server = own_server()
+    client = server.openai()
+    slow = {"n_epochs": 50, "batch_size": 64, "gradient_accumulation_steps": 1024, "max_seq_len": 64, "packing": False}
+    poison = client.fine_tuning.jobs.create(model="hatchling", training_file=upload(client), extra_body={"hyperparameters": slow}).id
+    innocent = start_job(client)
+    for killing in (1, 2):
+        deadline = time.monotonic() + 30 * PATIENCE
+        while sum("Fine-tuning started" in event.message for event in client.fine_tuning.jobs.list_events(poison, limit=100)) < killing:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (worker,) = server.worker_pids()
+        os.kill(worker, signal.SIGKILL if SANITIZED else signal.SIGSEGV)
+    with pytest.raises(AssertionError, match="worker_lost.*died 2 times at step 0: killed by signal"):
+        wait_for(client, poison, "succeeded")
+    wait_for(client, innocent, "succeeded")
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(poison, limit=100)]
+    assert sum("killed by signal" in message for message in messages) == 2
+
+
 def test_worker_death_fails_a_completion_and_no_more(own_server):
     server = own_server()
     client = server.openai(max_retries=0)

@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "engine/protocol.h"
 #include "engine/worker.h"
+#include "kernels/kernels.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -102,7 +103,8 @@ static json_t *peer_expect(struct peer *peer, enum frame_type type, uint64_t id)
     return frame.payload;
 }
 
-static void peer_start(struct peer *peer)
+/* ops: NULL for the device's own. */
+static void peer_fork(struct peer *peer, const char *device, const struct kernel_ops *ops)
 {
     int ends[2];
     *peer = (struct peer){0};
@@ -113,11 +115,16 @@ static void peer_start(struct peer *peer)
     if (!peer->pid) {
         close(ends[0]);
         log_configure(LOG_ERROR, LOG_TEXT, "worker cpu");
-        const struct worker_options options = {.fd = ends[1], .device = "cpu", .threads = 2};
+        const struct worker_options options = {.fd = ends[1], .device = device, .threads = 2, .ops = ops};
         _exit(worker_run(&options));
     }
     close(ends[1]);
     peer->fd = ends[0];
+}
+
+static void peer_start_on(struct peer *peer, const struct kernel_ops *ops)
+{
+    peer_fork(peer, "cpu", ops);
     struct frame hello = peer_receive_any(peer);
     assert_int_equal(hello.type, FRAME_HELLO);
     assert_int_equal(json_integer_value(json_object_get(hello.payload, "version")), PROTOCOL_VERSION);
@@ -126,6 +133,11 @@ static void peer_start(struct peer *peer)
     /* So rare a heartbeat that an answer which waited for it would be missed. */
     peer_send(peer, FRAME_CONFIGURE, 0,
               json_pack("{s:i, s:i, s:i}", "max_seqs", 4, "prefill_tokens", 64, "heartbeat_ms", 3600000));
+}
+
+static void peer_start(struct peer *peer)
+{
+    peer_start_on(peer, NULL);
 }
 
 /* Wait for the process; its exit status, or 128 + signal. */
@@ -770,6 +782,88 @@ static void test_stopping_a_job(void **state)
     assert_int_equal(peer_wait(&peer), 0);
 }
 
+/* ---- faults ---- */
+
+enum { FAULTY_STEP = 6 };
+static const char driver_words[] = "an illegal memory access was encountered";
+static int steps_until_fault, fault_status;
+
+/* A backend whose optimizer fails at one step. What is counted here is counted in the worker's process. */
+static int failing_adamw(struct kernel_device *device, const struct adamw_args *args)
+{
+    return --steps_until_fault ? kernels_cpu()->adamw(device, args) : fault_status;
+}
+
+static const char *failing_fault(const struct kernel_device *device)
+{
+    (void)device;
+    return steps_until_fault <= 0 && fault_status == KERNEL_DEVICE_LOST ? driver_words : NULL;
+}
+
+/* A worker whose device fails in the middle of a job says why and ends, without a word about the job's end; another
+ * one goes on from its checkpoint, and the losses are those of the undisturbed run. */
+static void fault_and_resume(const char *job, int status, const char *words)
+{
+    struct peer peer;
+    struct job_report report = {0}, alone = {0};
+    char data[128], undisturbed[64];
+    struct kernel_ops ops = *kernels_cpu();
+    ops.adamw = failing_adamw;
+    ops.device_fault = failing_fault;
+    steps_until_fault = FAULTY_STEP;
+    fault_status = status;
+    write_examples("train.jsonl", data);
+    peer_start_on(&peer, &ops);
+    peer_send(&peer, FRAME_JOB_START, 0, start_json(job, data, NULL));
+    for (bool more = true; more;) {
+        struct frame frame = peer_receive(&peer);
+        if (frame.type == FRAME_FAULT) {
+            if (!strstr(text_of(frame.payload, "reason"), words))
+                fail_msg("%s", text_of(frame.payload, "reason"));
+            more = false;
+        } else {
+            assert_true(job_report_add(&report, &frame, job));
+        }
+        json_decref(frame.payload);
+    }
+    assert_int_equal(peer_wait(&peer), 1);
+    assert_int_equal(report.n_metrics, FAULTY_STEP - 1);
+
+    peer_start(&peer);
+    peer_send(&peer, FRAME_JOB_START, 0, start_json(job, data, report.checkpoint));
+    job_report_read(&report, &peer, job);
+    assert_string_equal(report.status, "succeeded");
+    snprintf(undisturbed, sizeof undisturbed, "%s-undisturbed", job);
+    peer_send(&peer, FRAME_JOB_START, 0, start_json(undisturbed, data, NULL));
+    job_report_read(&alone, &peer, undisturbed);
+    assert_memory_equal(report.losses, alone.losses, sizeof alone.losses);
+    peer_stop(&peer);
+}
+
+static void test_a_lost_device_ends_it(void **state)
+{
+    (void)state;
+    fault_and_resume("lost", KERNEL_DEVICE_LOST, driver_words);
+}
+
+static void test_memory_that_runs_out_ends_it(void **state)
+{
+    (void)state;
+    fault_and_resume("starved", KERNEL_NO_MEMORY, "out of memory");
+}
+
+static void test_a_device_that_does_not_open_is_told(void **state)
+{
+    (void)state;
+    struct peer peer;
+    peer_fork(&peer, "cuda:999", NULL);
+    struct frame frame = peer_receive_any(&peer);
+    assert_int_equal(frame.type, FRAME_FAULT);
+    assert_non_null(strstr(text_of(frame.payload, "reason"), kernels_cuda() ? "cuda:999" : "no CUDA"));
+    json_decref(frame.payload);
+    assert_int_equal(peer_wait(&peer), 1);
+}
+
 static void test_the_end_of_the_stream_ends_it(void **state)
 {
     (void)state;
@@ -806,6 +900,9 @@ int main(void)
         cmocka_unit_test(test_validation),
         cmocka_unit_test(test_a_job_alone_in_company_and_interrupted),
         cmocka_unit_test(test_stopping_a_job),
+        cmocka_unit_test(test_a_lost_device_ends_it),
+        cmocka_unit_test(test_memory_that_runs_out_ends_it),
+        cmocka_unit_test(test_a_device_that_does_not_open_is_told),
         cmocka_unit_test(test_the_end_of_the_stream_ends_it),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
