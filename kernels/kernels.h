@@ -333,6 +333,7 @@ struct head_args {
     const void *hidden; /* [rows,d_model] after the final norm */
     const void *weight; /* [vocab,d_model] */
     enum kernel_type weight_type, act;
+    bool tf32;
     const int32_t *targets; /* [rows], device memory */
     float *logprobs;        /* [rows]: log p(target), or NULL */
     int32_t *argmax;        /* [rows] or NULL; ties go to the lowest id. Computed for ignored rows as well */

@@ -338,6 +338,19 @@ void adapter_embed(const struct adapter *adapter, struct embedding_forward_args 
     args->scale = adapter->scale;
 }
 
+int adapter_refresh(const struct adapter *adapter, struct error *error)
+{
+    const struct model *model = adapter->model;
+    int status = 0;
+    for (int64_t i = 0; !status && i < adapter->n_parameters; i++) {
+        const struct param_slice *slice = &adapter->parameters[i].slice;
+        if (slice->copy)
+            status = model->ops->cast(model->device, slice->copy, slice->copy_type, slice->param, TYPE_F32,
+                                      slice->count);
+    }
+    return model_status(status, error, "copies of the parameters");
+}
+
 int adapter_renew(const struct adapter *adapter, struct error *error)
 {
     if (!adapter || adapter->adaptation != ADAPT_FULL || !adapter->trainable)

@@ -39,6 +39,8 @@ struct family {
      * model (adapter NULL) or a full fine-tune. Returns a kernel_status. */
     int64_t (*derived_floats)(const struct model_config *config);
     int (*derive)(const struct model *model, const struct adapter *adapter, float *derived);
+    /* Levels of recomputation beyond 0, see struct plan_request. */
+    int64_t (*recompute_levels)(const struct model_config *config);
     /* The buffers of a training pass, and of a runner. */
     void (*pass_plan)(const struct model_config *config, const struct plan_request *request,
                       const struct kernel_ops *ops, struct plan *plan);

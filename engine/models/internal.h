@@ -13,6 +13,7 @@ struct model {
     const struct family *family;
     const struct kernel_ops *ops;
     struct kernel_device *device;
+    bool is_host; /* the device is the host: its ops take weights of any type as they are */
     struct model_config config;
     char *folder;
     struct weight *weights;
@@ -54,7 +55,21 @@ struct weight_view {
 };
 /* adapter: NULL or LoRA = the base's weights. */
 struct weight_view model_view(const struct model *model, const struct adapter *adapter, int64_t index);
+/* Weights in the type that products want, where model_view()'s have another. */
+struct weight_copies {
+    enum kernel_type type;
+    void **data; /* [n_weights], NULL = none; or NULL altogether */
+};
+/* The same weight as a product reads it. copies may be NULL. */
+struct weight_view model_product_view(const struct model *model, const struct adapter *adapter,
+                                      const struct weight_copies *copies, int64_t index);
 const float *model_derived(const struct model *model, const struct adapter *adapter);
+
+/* The index-th element of an array on the device. */
+static inline void *element_at(const void *array, int64_t index, enum kernel_type type)
+{
+    return (char *)(uintptr_t)array + index * (int64_t)kernel_type_size(type);
+}
 
 /* ---- adapter.c ---- */
 
@@ -78,73 +93,49 @@ int adapter_renew(const struct adapter *adapter, struct error *error);
 int adapter_bytes(const struct model *model, enum adaptation adaptation, const struct lora_config *lora,
                   int64_t *ret_parameter_bytes, int64_t *ret_gradient_bytes, struct error *error);
 
-/* ---- linear.c: one linear layer y = x W^T (+ bias) with whatever adapts it ---- */
+/* ---- linear.c: one linear layer with whatever adapts it ---- */
 
 struct linear {
-    int64_t in, out;
-    struct weight_view weight;
-    const float *bias; /* [out] or NULL */
-    float *dbias;      /* or NULL */
-    bool has_lora;
-    struct lora_pair lora;
-    int32_t rank;
-    float scale;
-    uint64_t offset; /* of this tensor's dropout mask in the micro-batch's philox stream */
+    struct linear_layer layer;        /* dropout and seed are the pass's to set */
+    float *dweight, *dbias, *da, *db; /* NULL where nothing trains */
 };
 /* bias: index of the bias tensor, or -1. */
 void linear_bind(struct linear *linear, const struct model *model, const struct adapter *adapter,
-                 int64_t weight, int64_t bias, enum lora_target target, int64_t layer);
-
-struct linear_context {
-    const struct kernel_ops *ops;
-    struct kernel_device *device;
-    float dropout;
-    uint64_t seed;
-    float *ones; /* [rows] of 1.0, needed where there is a bias */
-    float *du;   /* [rows,rank] scratch of the backward */
-};
-/* Fill such a vector; NULL is left alone. */
-int linear_fill_ones(const struct model *model, float *ones, int64_t count, struct error *error);
-/* u: [rows,rank] kept for the backward; unused without LoRA. */
-int linear_forward(const struct linear_context *context, const struct linear *linear, int64_t rows,
-                   const float *x, int64_t x_stride, float *y, int64_t y_stride, float *u);
-/* Gradients of weights and adapters accumulate; dx (NULL = not wanted) is overwritten, or added to when
- * `accumulate`. */
-int linear_backward(const struct linear_context *context, const struct linear *linear, int64_t rows,
-                    const float *x, int64_t x_stride, const float *dy, int64_t dy_stride, const float *u,
-                    float *dx, int64_t dx_stride, bool accumulate);
+                 const struct weight_copies *copies, int64_t weight, int64_t bias, enum lora_target target,
+                 int64_t layer);
 
 /* ---- pass.c ---- */
 
-/* Buffers that every family's pass has. [T,d] ones are free for the family between the steps named here. */
+/* Buffers that every family's pass has, of the pass's type where no other is named. [T,d] ones are free for the family between the steps named here. */
 enum pass_buffer {
-    PASS_IDS,      /* [T] i32 */
-    PASS_TARGETS,  /* [T] i32: of the rows that count, back to back */
-    PASS_LOGPROBS, /* [T] */
-    PASS_ARGMAX,   /* [T] i32 */
-    PASS_RESIDUAL, /* [n_layers+1,T,d]: the residual stream that enters each layer, and the one that leaves */
-    PASS_NORMED,   /* [T,d]: the latest norm's output; the hidden states after the family's forward */
+    PASS_IDS,     /* [T] i32 */
+    PASS_TARGETS, /* [T] i32: of the rows that the head sees, back to back */
+    PASS_SUMS,    /* loss_sum f64, n_correct i64 since the last pass_collect() */
+    PASS_RESIDUAL, /* [n_layers+1,T,d] fp32: the residual stream that enters each layer, and the one that leaves */
+    PASS_NORMED, /* [T,d]: the latest norm's output; the hidden states after the family's forward */
     PASS_ROWS, /* [T,d]: free in the family's forward; d(hidden) when its backward begins, free after that */
-    PASS_DRESIDUAL, /* [T,d]: zero when the family's backward begins, d(embeddings) when it ends */
+    PASS_DRESIDUAL, /* [T,d] fp32: zero when the family's backward begins, d(embeddings) when it ends */
     PASS_SCRATCH,   /* the largest workspace of any op */
-    PASS_ONES,      /* [T] of 1.0 where projections have biases */
+    PASS_WEIGHTS,   /* weights in the type of the products */
     PASS_FAMILY,    /* the family's own from here on */
 };
 
 struct pass {
     struct model *model;
     struct adapter *adapter;
-    int64_t max_tokens;
-    int32_t max_seqs;
+    struct plan_request request; /* resolved: recompute is the level */
     void *arena;
     void *buffers[PLAN_MAX];
     int64_t scratch_bytes;
-    int32_t *host_targets; /* [T] staging; the next two as well */
-    float *host_logprobs;
-    int32_t *host_argmax;
+    struct weight_copies copies;
+    int32_t *host_targets; /* [T] staging */
+    int64_t n_targets;     /* since the last pass_collect() */
 };
-/* The whole table of a pass. */
+/* The whole table of a pass, of a request that is resolved. */
 void pass_plan(const struct model *model, const struct plan_request *request, struct plan *ret_plan);
+/* The request with the recompute level that its limit asks for, and that level's table. */
+int plan_resolve(const struct model *model, const struct plan_request *request,
+                 struct plan_request *ret_request, struct plan *ret_plan, struct error *error);
 
 /* ---- runner.c ---- */
 
@@ -161,7 +152,6 @@ enum runner_buffer {
     RUNNER_TOP_LOGPROBS,
     RUNNER_SCRATCH, /* head's workspace */
     RUNNER_U,       /* the adapters' [rows,rank], in slices of rows when a rank is large */
-    RUNNER_ONES,    /* [T] of 1.0 where projections have biases */
     RUNNER_FAMILY,
 };
 

@@ -221,6 +221,7 @@ const struct family family_mamba = {
     .state_floats = state_floats,
     .derived_floats = derived_floats,
     .derive = derive,
+    .recompute_levels = mamba_recompute_levels,
     .pass_plan = mamba_pass_plan,
     .runner_plan = mamba_runner_plan,
     .pass_forward = mamba_pass_forward,

@@ -31,6 +31,7 @@ int64_t mamba_norm_f_index(const struct model_config *config);
 int64_t mamba_layer_state_floats(const struct model_config *config);
 
 /* mamba_train.c */
+int64_t mamba_recompute_levels(const struct model_config *config);
 void mamba_pass_plan(const struct model_config *config, const struct plan_request *request,
                      const struct kernel_ops *ops, struct plan *plan);
 int mamba_pass_forward(struct pass *pass, const struct batch *batch, const struct pass_options *options,

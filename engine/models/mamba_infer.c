@@ -6,12 +6,12 @@
 
 #include <inttypes.h>
 
-enum { RUN_XZ = RUNNER_FAMILY, RUN_XC, RUN_X_DBL, RUN_DT, RUN_Y, RUN_OUTPUT };
+enum { RUN_XZ = RUNNER_FAMILY, RUN_XC, RUN_X_DBL, RUN_DT, RUN_Y, RUN_OUTPUT, RUN_SCRATCH };
 
 void mamba_runner_plan(const struct model_config *c, int64_t max_tokens, int32_t max_seqs,
                        const struct kernel_ops *ops, struct plan *plan)
 {
-    (void)max_seqs, (void)ops;
+    (void)max_seqs;
     const int64_t f = sizeof(float);
     plan_add(plan, RUN_XZ, PLAN_WORKSPACE, max_tokens * 2 * c->d_inner, f);
     plan_add(plan, RUN_XC, PLAN_WORKSPACE, max_tokens * c->d_inner, f);
@@ -19,6 +19,7 @@ void mamba_runner_plan(const struct model_config *c, int64_t max_tokens, int32_t
     plan_add(plan, RUN_DT, PLAN_WORKSPACE, max_tokens * c->d_inner, f);
     plan_add(plan, RUN_Y, PLAN_WORKSPACE, max_tokens * c->d_inner, f);
     plan_add(plan, RUN_OUTPUT, PLAN_WORKSPACE, max_tokens * c->d_model, f);
+    plan_add(plan, RUN_SCRATCH, PLAN_WORKSPACE, layer_linear_workspace(c, ops, max_tokens, 0), 1);
 }
 
 int mamba_forward(struct runner *runner, const struct forward_part *part, struct error *error)
@@ -32,7 +33,8 @@ int mamba_forward(struct runner *runner, const struct forward_part *part, struct
         .adapter = part->full,
         .runner = runner,
         .part = part,
-        .linear = {.ops = model->ops, .device = model->device, .ones = at[RUNNER_ONES]},
+        .act = TYPE_F32,
+        .workspace = at[RUN_SCRATCH],
         .rows = part->rows,
         .n_seqs = part->n_seqs,
         .seq_starts = part->seq_starts,

@@ -18,13 +18,13 @@ const float *layer_weight(const struct layer_flow *flow, enum layer_tensor kind)
     return index < 0 ? NULL : model_view(flow->model, flow->adapter, index).data;
 }
 
-float *layer_u(const struct layer_flow *flow, enum lora_target which)
+void *layer_u(const struct layer_flow *flow, enum lora_target which)
 {
     struct lora_pair pair;
     if (!flow->u || !adapter_pair(flow->adapter, which, flow->layer, &pair))
         return NULL;
-    return flow->u +
-           __builtin_popcount((unsigned)flow->adapter->lora.targets & ((unsigned)which - 1)) * flow->u_stride;
+    int index = __builtin_popcount((unsigned)flow->adapter->lora.targets & ((unsigned)which - 1));
+    return element_at(flow->u, index * flow->u_stride, flow->act);
 }
 
 void layer_linear(const struct layer_flow *flow, enum lora_target which, struct linear *ret_linear)
@@ -41,17 +41,43 @@ void layer_linear(const struct layer_flow *flow, enum lora_target which, struct 
     while (table[i].target != which)
         i++;
     int64_t bias = table[i].bias == LAYER_KINDS ? -1 : mamba_tensor_index(c, flow->layer, table[i].bias);
-    linear_bind(ret_linear, flow->model, flow->adapter, mamba_tensor_index(c, flow->layer, table[i].weight),
-                bias, which, flow->layer);
+    linear_bind(ret_linear, flow->model, flow->adapter, flow->copies,
+                mamba_tensor_index(c, flow->layer, table[i].weight), bias, which, flow->layer);
+    ret_linear->layer.dropout = flow->dropout;
+    ret_linear->layer.seed = flow->seed;
 }
 
-static int project(const struct layer_flow *flow, enum lora_target which, const float *x, int64_t x_stride,
-                   float *y, int64_t y_stride)
+int64_t layer_linear_workspace(const struct model_config *c, const struct kernel_ops *ops, int64_t rows,
+                               int64_t rank)
+{
+    int64_t most = 0;
+    for (int bit = TARGET_IN_PROJ; bit <= TARGET_OUT_PROJ; bit <<= 1) {
+        int64_t in, out;
+        char name[96];
+        if (!family_mamba.target(c, (enum lora_target)bit, 0, &in, &out, name))
+            continue;
+        int64_t bytes = ops->linear_workspace(rows, in, out, rank);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+static int project(const struct layer_flow *flow, enum lora_target which, const void *x, int64_t x_stride,
+                   void *y, int64_t y_stride)
 {
     struct linear linear;
     layer_linear(flow, which, &linear);
-    int status =
-        linear_forward(&flow->linear, &linear, flow->rows, x, x_stride, y, y_stride, layer_u(flow, which));
+    struct linear_forward_args args = {.layer = linear.layer,
+                                       .rows = flow->rows,
+                                       .x = x,
+                                       .x_stride = x_stride,
+                                       .u = layer_u(flow, which),
+                                       .y = y,
+                                       .y_stride = y_stride,
+                                       .act = flow->act,
+                                       .tf32 = flow->tf32,
+                                       .workspace = flow->workspace};
+    int status = flow->model->ops->linear_forward(flow->model->device, &args);
     if (!status && flow->runner)
         status = runner_lora(flow->runner, flow->part, which, flow->layer, x, x_stride, y, y_stride);
     return status;
@@ -68,8 +94,16 @@ int layer_norm(const struct layer_flow *flow, const float *weight)
                                         .residual_out = flow->residual_out,
                                         .y = flow->normed,
                                         .rstd = flow->rstd,
-                                        .act = TYPE_F32};
+                                        .act = flow->act};
     return flow->model->ops->rmsnorm_forward(flow->model->device, &args);
+}
+
+int layer_enter(const struct layer_flow *flow)
+{
+    const struct model_config *c = &flow->model->config;
+    int status = layer_norm(flow, layer_weight(flow, NORM));
+    return status ? status
+                  : project(flow, TARGET_IN_PROJ, flow->normed, c->d_model, flow->xz, 2 * c->d_inner);
 }
 
 int layer_convolve(const struct layer_flow *flow)
@@ -88,8 +122,14 @@ int layer_convolve(const struct layer_flow *flow)
                                      .final = flow->conv_state,
                                      .y = flow->xc,
                                      .y_stride = c->d_inner,
-                                     .act = TYPE_F32};
+                                     .act = flow->act};
     return flow->model->ops->conv_forward(flow->model->device, &args);
+}
+
+int layer_project_x(const struct layer_flow *flow)
+{
+    const struct model_config *c = &flow->model->config;
+    return project(flow, TARGET_X_PROJ, flow->xc, c->d_inner, flow->x_dbl, c->dt_rank + 2 * c->d_state);
 }
 
 int layer_project_dt(const struct layer_flow *flow)
@@ -98,7 +138,7 @@ int layer_project_dt(const struct layer_flow *flow)
     return project(flow, TARGET_DT_PROJ, flow->x_dbl, c->dt_rank + 2 * c->d_state, flow->dt, c->d_inner);
 }
 
-static int scan(const struct layer_flow *flow)
+int layer_scan(const struct layer_flow *flow)
 {
     const struct model_config *c = &flow->model->config;
     int64_t width = c->dt_rank + 2 * c->d_state;
@@ -113,37 +153,35 @@ static int scan(const struct layer_flow *flow)
                                      .dt_stride = c->d_inner,
                                      .a = model_derived(flow->model, flow->adapter) +
                                           flow->layer * c->d_state * c->d_inner,
-                                     .b = flow->x_dbl + c->dt_rank,
-                                     .c = flow->x_dbl + c->dt_rank + c->d_state,
+                                     .b = element_at(flow->x_dbl, c->dt_rank, flow->act),
+                                     .c = element_at(flow->x_dbl, c->dt_rank + c->d_state, flow->act),
                                      .b_stride = width,
                                      .c_stride = width,
                                      .d = layer_weight(flow, D_SKIP),
                                      .dt_bias = layer_weight(flow, DT_BIAS),
-                                     .z = flow->xz + c->d_inner,
+                                     .z = element_at(flow->xz, c->d_inner, flow->act),
                                      .z_stride = 2 * c->d_inner,
                                      .initial = flow->scan_state,
                                      .final = flow->scan_state,
                                      .chunk_states = flow->chunk_states,
                                      .y = flow->y,
                                      .y_stride = c->d_inner,
-                                     .act = TYPE_F32};
+                                     .act = flow->act};
     return flow->model->ops->scan_forward(flow->model->device, &args);
 }
 
 int layer_forward(const struct layer_flow *flow)
 {
     const struct model_config *c = &flow->model->config;
-    int status = layer_norm(flow, layer_weight(flow, NORM));
-    if (!status)
-        status = project(flow, TARGET_IN_PROJ, flow->normed, c->d_model, flow->xz, 2 * c->d_inner);
+    int status = layer_enter(flow);
     if (!status)
         status = layer_convolve(flow);
     if (!status)
-        status = project(flow, TARGET_X_PROJ, flow->xc, c->d_inner, flow->x_dbl, c->dt_rank + 2 * c->d_state);
+        status = layer_project_x(flow);
     if (!status)
         status = layer_project_dt(flow);
     if (!status)
-        status = scan(flow);
+        status = layer_scan(flow);
     if (!status)
         status = project(flow, TARGET_OUT_PROJ, flow->y, c->d_inner, flow->output, c->d_model);
     return status;

@@ -1,27 +1,32 @@
 /* mamba_train.c: Mamba-1 layers forward and backward in a training pass, for pass.c.
  *
- * Kept of each layer: r, 1/rms, xz, x_dbl and a scan state every SCAN_CHUNK tokens, y only where out_proj
- * trains, and what LoRA keeps. rmsnorm(r), xc and dt cost little beside the products and are computed again
- * in the backward. Letters as in mamba_layer.c. */
+ * Kept of each layer: r, 1/rms, xz, x_dbl and a scan state every SCAN_CHUNK tokens, and what LoRA keeps. rmsnorm(r),
+ * xc and dt cost little beside the products and are computed again in the backward; y comes out of the scan's backward
+ * once more. Letters as in mamba_layer.c.
+ *
+ * Recomputation. Level k <= n_layers-1: k layers do without an xz of their own (one more product in the backward for
+ * 2c elements a token). Beyond: k - (n_layers-1) of them do without x_dbl and chunk states, too (a whole layer but
+ * out_proj again). The layers at the end share one slot, and what the last one wrote is still there when the backward
+ * begins with it, so one shared slot saves a level for nothing. The ops run again on the same values in the same
+ * order: the same bits. */
 #include "engine/models/mamba_layer.h"
 
 #include <inttypes.h>
 
 enum {
-    PASS_RSTD = PASS_FAMILY, /* [n_layers+1,T] */
-    PASS_XZ,                 /* [n_layers,T,2c] */
-    PASS_X_DBL,              /* [n_layers,T,R+2n] */
-    PASS_CHUNKS,             /* [n_layers,chunks,n,c] */
+    PASS_RSTD = PASS_FAMILY, /* [n_layers+1,T] fp32 */
+    PASS_XZ,                 /* [slots,T,2c] */
+    PASS_X_DBL,              /* [slots,T,R+2n] */
+    PASS_CHUNKS,             /* [slots,chunks,n,c] fp32 */
     PASS_U,                  /* [n_layers,projections,T,rank] */
-    PASS_Y,                  /* [n_layers,T,c] where out_proj trains, else [T,c] and then also dy */
-    PASS_DY,                 /* [T,c] where out_proj trains */
+    PASS_Y,                  /* [T,c] */
+    PASS_DY,                 /* [T,c] */
     PASS_XC,                 /* [T,c] */
     PASS_DT,                 /* [T,c] */
     PASS_DXC,                /* [T,c] */
     PASS_DDT,                /* [T,c] */
     PASS_DXZ,                /* [T,2c] */
     PASS_DX_DBL,             /* [T,R+2n] */
-    PASS_DU,                 /* [T,rank] */
 };
 
 static int64_t max_chunks(int64_t tokens, int32_t seqs)
@@ -35,58 +40,89 @@ static int projections(int targets)
     return __builtin_popcount((unsigned)targets & (TARGET_EMBEDDINGS - 1));
 }
 
+/* ---- recomputation ---- */
+
+int64_t mamba_recompute_levels(const struct model_config *c)
+{
+    return 2 * (c->n_layers - 1);
+}
+
+/* How many layers' xz are kept at a level, and how many layers' x_dbl and chunk states; the last slot is shared. */
+static int64_t xz_slots(const struct model_config *c, int64_t level)
+{
+    return level < c->n_layers ? c->n_layers - level : 1;
+}
+
+static int64_t scan_slots(const struct model_config *c, int64_t level)
+{
+    return level < c->n_layers ? c->n_layers : 2 * c->n_layers - 1 - level;
+}
+
+static int64_t slot_of(int64_t layer, int64_t slots)
+{
+    return layer < slots ? layer : slots - 1;
+}
+
+/* Has a later layer written to the slot since this one's forward? */
+static bool is_lost(const struct model_config *c, int64_t layer, int64_t slots)
+{
+    return layer >= slots - 1 && layer < c->n_layers - 1;
+}
+
+/* ---- the plan ---- */
+
 void mamba_pass_plan(const struct model_config *c, const struct plan_request *request,
                      const struct kernel_ops *ops, struct plan *plan)
 {
-    const int64_t f = sizeof(float), tokens = request->max_tokens, layers = c->n_layers;
+    const int64_t f = sizeof(float), size = (int64_t)kernel_type_size(request->act);
+    const int64_t tokens = request->max_tokens, layers = c->n_layers, level = request->recompute;
     const int64_t inner = tokens * c->d_inner, width = tokens * (c->dt_rank + 2 * c->d_state);
-    bool lora = request->adaptation == ADAPT_LORA;
-    bool keep_y = !lora || request->lora.targets & TARGET_OUT_PROJ;
+    const int64_t rank = request->adaptation == ADAPT_LORA ? request->lora.rank : 0;
     plan_add(plan, PASS_RSTD, PLAN_ACTIVATION, (layers + 1) * tokens, f);
-    plan_add(plan, PASS_XZ, PLAN_ACTIVATION, layers * 2 * inner, f);
-    plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, layers * width, f);
-    plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION, layers * max_chunks(tokens, request->max_seqs),
+    plan_add(plan, PASS_XZ, PLAN_ACTIVATION, xz_slots(c, level) * 2 * inner, size);
+    plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, scan_slots(c, level) * width, size);
+    plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION, scan_slots(c, level) * max_chunks(tokens, request->max_seqs),
              c->d_state * c->d_inner * f);
-    if (lora) {
-        plan_add(plan, PASS_U, PLAN_ACTIVATION,
-                 layers * projections(request->lora.targets) * tokens * request->lora.rank, f);
-        plan_add(plan, PASS_DU, PLAN_WORKSPACE, tokens * request->lora.rank, f);
-    }
-    plan_add(plan, PASS_Y, keep_y ? PLAN_ACTIVATION : PLAN_WORKSPACE, (keep_y ? layers : 1) * inner, f);
-    if (keep_y)
-        plan_add(plan, PASS_DY, PLAN_WORKSPACE, inner, f);
-    plan_add(plan, PASS_XC, PLAN_WORKSPACE, inner, f);
-    plan_add(plan, PASS_DT, PLAN_WORKSPACE, inner, f);
-    plan_add(plan, PASS_DXC, PLAN_WORKSPACE, inner, f);
-    plan_add(plan, PASS_DDT, PLAN_WORKSPACE, inner, f);
-    plan_add(plan, PASS_DXZ, PLAN_WORKSPACE, 2 * inner, f);
-    plan_add(plan, PASS_DX_DBL, PLAN_WORKSPACE, width, f);
+    plan_add(plan, PASS_U, PLAN_ACTIVATION, layers * projections(request->lora.targets) * tokens * rank,
+             size);
+    plan_add(plan, PASS_Y, PLAN_WORKSPACE, inner, size);
+    plan_add(plan, PASS_DY, PLAN_WORKSPACE, inner, size);
+    plan_add(plan, PASS_XC, PLAN_WORKSPACE, inner, size);
+    plan_add(plan, PASS_DT, PLAN_WORKSPACE, inner, size);
+    plan_add(plan, PASS_DXC, PLAN_WORKSPACE, inner, size);
+    plan_add(plan, PASS_DDT, PLAN_WORKSPACE, inner, size);
+    plan_add(plan, PASS_DXZ, PLAN_WORKSPACE, 2 * inner, size);
+    plan_add(plan, PASS_DX_DBL, PLAN_WORKSPACE, width, size);
     plan_at_least(plan, PASS_SCRATCH,
                   ops->scan_backward_workspace(tokens, c->d_inner, c->d_state, request->max_seqs));
     plan_at_least(plan, PASS_SCRATCH, ops->rmsnorm_backward_workspace(tokens, c->d_model));
+    plan_at_least(plan, PASS_SCRATCH, layer_linear_workspace(c, ops, tokens, rank));
 }
 
-/* The flow of one layer: `layer` may be n_layers, whose norm is norm_f. */
+/* The flow of one layer: `layer` may be n_layers, whose norm is norm_f and which has no other buffers of its own. */
 static struct layer_flow pass_flow(const struct pass *pass, const struct batch *batch,
                                    const struct pass_options *options, int64_t layer)
 {
     const struct model *model = pass->model;
     const struct model_config *c = &model->config;
+    const struct plan_request *request = &pass->request;
+    const enum kernel_type act = request->act;
     void *const *at = pass->buffers;
     const struct adapter *adapter = pass->adapter;
-    const int64_t tokens = pass->max_tokens, d = c->d_model, inner = c->d_inner;
-    const int64_t stored =
-        layer < c->n_layers ? layer : 0; /* the final norm has no other buffers of its own */
+    const int64_t tokens = request->max_tokens, d = c->d_model, inner = c->d_inner;
+    const int64_t stored = layer < c->n_layers ? layer : 0;
+    const int64_t xz_slot = slot_of(stored, xz_slots(c, request->recompute));
+    const int64_t scan_slot = slot_of(stored, scan_slots(c, request->recompute));
     float *residual = (float *)at[PASS_RESIDUAL] + layer * tokens * d;
     struct layer_flow flow = {
         .model = model,
         .adapter = adapter,
-        .linear = {.ops = model->ops,
-                   .device = model->device,
-                   .dropout = options->backward ? adapter->lora.dropout : 0,
-                   .seed = options->dropout_seed,
-                   .ones = at[PASS_ONES],
-                   .du = at[PASS_DU]},
+        .copies = &pass->copies,
+        .act = act,
+        .tf32 = request->tf32,
+        .dropout = options->backward ? adapter->lora.dropout : 0,
+        .seed = options->dropout_seed,
+        .workspace = at[PASS_SCRATCH],
         .layer = layer,
         .rows = batch->n_tokens,
         .n_seqs = batch->n_seqs,
@@ -96,21 +132,23 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
         .residual_out = residual,
         .rstd = (float *)at[PASS_RSTD] + layer * tokens,
         .normed = at[PASS_NORMED],
-        .xz = (float *)at[PASS_XZ] + stored * tokens * 2 * inner,
+        .xz = element_at(at[PASS_XZ], xz_slot * tokens * 2 * inner, act),
         .xc = at[PASS_XC],
-        .x_dbl = (float *)at[PASS_X_DBL] + stored * tokens * (c->dt_rank + 2 * c->d_state),
+        .x_dbl = element_at(at[PASS_X_DBL], scan_slot * tokens * (c->dt_rank + 2 * c->d_state), act),
         .dt = at[PASS_DT],
         .chunk_states =
-            (float *)at[PASS_CHUNKS] + stored * max_chunks(tokens, pass->max_seqs) * c->d_state * inner,
-        .y = (float *)at[PASS_Y] + (at[PASS_DY] ? stored * tokens * inner : 0),
+            (float *)at[PASS_CHUNKS] + scan_slot * max_chunks(tokens, request->max_seqs) * c->d_state * inner,
+        .y = at[PASS_Y],
         .output = at[PASS_ROWS],
     };
     if (at[PASS_U]) {
         flow.u_stride = tokens * adapter->lora.rank;
-        flow.u = (float *)at[PASS_U] + stored * projections(adapter->lora.targets) * flow.u_stride;
+        flow.u = element_at(at[PASS_U], stored * projections(adapter->lora.targets) * flow.u_stride, act);
     }
     return flow;
 }
+
+/* ---- forward ---- */
 
 int mamba_pass_forward(struct pass *pass, const struct batch *batch, const struct pass_options *options,
                        struct error *error)
@@ -130,6 +168,8 @@ int mamba_pass_forward(struct pass *pass, const struct batch *batch, const struc
     return model_status(layer_norm(&last, layer_norm_f(&last)), error, "final norm");
 }
 
+/* ---- backward ---- */
+
 static int norm_backward(const struct pass *pass, const struct layer_flow *flow, struct weight_view weight)
 {
     struct rmsnorm_backward_args args = {.rows = flow->rows,
@@ -141,8 +181,13 @@ static int norm_backward(const struct pass *pass, const struct layer_flow *flow,
                                          .dresidual = pass->buffers[PASS_DRESIDUAL],
                                          .dweight = weight.grad,
                                          .workspace = pass->buffers[PASS_SCRATCH],
-                                         .act = TYPE_F32};
-    return pass->model->ops->rmsnorm_backward(pass->model->device, &args);
+                                         .act = flow->act};
+    const struct kernel_ops *ops = pass->model->ops;
+    int status = ops->rmsnorm_backward(pass->model->device, &args);
+    if (!status && flow->act != TYPE_F32)
+        status = ops->cast(pass->model->device, pass->buffers[PASS_ROWS], flow->act,
+                           pass->buffers[PASS_DRESIDUAL], TYPE_F32, flow->rows * args.d);
+    return status;
 }
 
 static float *layer_grad(const struct layer_flow *flow, enum layer_tensor kind)
@@ -151,9 +196,10 @@ static float *layer_grad(const struct layer_flow *flow, enum layer_tensor kind)
     return index < 0 ? NULL : model_view(flow->model, flow->adapter, index).grad;
 }
 
-static int scan_backward(const struct pass *pass, const struct layer_flow *flow, const float *dy)
+static int scan_backward(const struct pass *pass, const struct layer_flow *flow, void *y)
 {
     const struct model_config *c = &pass->model->config;
+    const enum kernel_type act = flow->act;
     void *const *at = pass->buffers;
     int64_t width = c->dt_rank + 2 * c->d_state;
     struct scan_backward_args args = {.tokens = flow->rows,
@@ -163,9 +209,9 @@ static int scan_backward(const struct pass *pass, const struct layer_flow *flow,
                                       .seq_starts = flow->seq_starts,
                                       .x = flow->xc,
                                       .dt = flow->dt,
-                                      .b = flow->x_dbl + c->dt_rank,
-                                      .c = flow->x_dbl + c->dt_rank + c->d_state,
-                                      .z = flow->xz + c->d_inner,
+                                      .b = element_at(flow->x_dbl, c->dt_rank, act),
+                                      .c = element_at(flow->x_dbl, c->dt_rank + c->d_state, act),
+                                      .z = element_at(flow->xz, c->d_inner, act),
                                       .x_stride = c->d_inner,
                                       .dt_stride = c->d_inner,
                                       .b_stride = width,
@@ -176,23 +222,25 @@ static int scan_backward(const struct pass *pass, const struct layer_flow *flow,
                                       .d = layer_weight(flow, D_SKIP),
                                       .dt_bias = layer_weight(flow, DT_BIAS),
                                       .chunk_states = flow->chunk_states,
-                                      .dy = dy,
+                                      .dy = at[PASS_DY],
                                       .dy_stride = c->d_inner,
                                       .dx = at[PASS_DXC],
                                       .ddt = at[PASS_DDT],
-                                      .dz = (float *)at[PASS_DXZ] + c->d_inner,
+                                      .dz = element_at(at[PASS_DXZ], c->d_inner, act),
                                       .dx_stride = c->d_inner,
                                       .ddt_stride = c->d_inner,
                                       .dz_stride = 2 * c->d_inner,
-                                      .db = (float *)at[PASS_DX_DBL] + c->dt_rank,
-                                      .dc = (float *)at[PASS_DX_DBL] + c->dt_rank + c->d_state,
+                                      .db = element_at(at[PASS_DX_DBL], c->dt_rank, act),
+                                      .dc = element_at(at[PASS_DX_DBL], c->dt_rank + c->d_state, act),
                                       .db_stride = width,
                                       .dc_stride = width,
                                       .da_log = layer_grad(flow, A_LOG),
                                       .dd = layer_grad(flow, D_SKIP),
                                       .ddt_bias = layer_grad(flow, DT_BIAS),
+                                      .y = y,
+                                      .y_stride = c->d_inner,
                                       .workspace = at[PASS_SCRATCH],
-                                      .act = TYPE_F32};
+                                      .act = act};
     return pass->model->ops->scan_backward(pass->model->device, &args);
 }
 
@@ -214,21 +262,96 @@ static int conv_backward(const struct pass *pass, const struct layer_flow *flow)
                                       .dx_stride = 2 * c->d_inner,
                                       .dweight = layer_grad(flow, CONV),
                                       .dbias = layer_grad(flow, CONV_BIAS),
-                                      .act = TYPE_F32};
+                                      .act = flow->act};
     return pass->model->ops->conv_backward(pass->model->device, &args);
 }
 
-static int project_backward(const struct layer_flow *flow, enum lora_target which, const float *x,
-                            int64_t x_stride, const float *dy, int64_t dy_stride, float *dx,
-                            int64_t dx_stride, bool accumulate)
+/* What of one projection's backward is wanted: gradients of what trains (needs x), dx, or both. */
+struct projected {
+    enum lora_target which;
+    const void *x; /* NULL: no gradients of weights and adapter */
+    int64_t x_stride;
+    const void *dy;
+    int64_t dy_stride;
+    void *dx; /* or NULL */
+    int64_t dx_stride;
+    bool accumulate;
+};
+
+static int project_backward(const struct layer_flow *flow, const struct projected *p)
 {
     struct linear linear;
-    layer_linear(flow, which, &linear);
-    return linear_backward(&flow->linear, &linear, flow->rows, x, x_stride, dy, dy_stride,
-                           layer_u(flow, which), dx, dx_stride, accumulate);
+    layer_linear(flow, p->which, &linear);
+    struct linear_backward_args args = {.layer = linear.layer,
+                                        .rows = flow->rows,
+                                        .x = p->x,
+                                        .x_stride = p->x_stride,
+                                        .dy = p->dy,
+                                        .dy_stride = p->dy_stride,
+                                        .u = layer_u(flow, p->which),
+                                        .dx = p->dx,
+                                        .dx_stride = p->dx_stride,
+                                        .accumulate = p->accumulate,
+                                        .act = flow->act,
+                                        .tf32 = flow->tf32,
+                                        .workspace = flow->workspace};
+    if (p->x) {
+        args.dweight = linear.dweight;
+        args.dbias = linear.dbias;
+        args.da = linear.da;
+        args.db = linear.db;
+    }
+    if (!args.dx && !args.dweight && !args.dbias && !args.da)
+        return 0;
+    return flow->model->ops->linear_backward(flow->model->device, &args);
 }
 
-/* dresidual holds the gradient of the layer's output; leave there the gradient of its input. `below`:
+/* Bring back what the layer's forward left and later layers have overwritten: xz, x_dbl and chunk states, then xc and
+ * dt, which nothing keeps. *ret_normed: rmsnorm(r) is there as well. */
+static int restore(const struct pass *pass, const struct layer_flow *flow, bool *ret_normed)
+{
+    const struct model_config *c = &pass->model->config;
+    const int64_t level = pass->request.recompute;
+    struct layer_flow again = *flow;
+    bool scan_lost = is_lost(c, flow->layer, scan_slots(c, level));
+    int status = 0;
+    *ret_normed = is_lost(c, flow->layer, xz_slots(c, level));
+    again.x = NULL; /* r is the sum already */
+    again.residual = flow->residual_out;
+    if (*ret_normed)
+        status = layer_enter(&again);
+    if (!status)
+        status = layer_convolve(flow);
+    if (!status && scan_lost)
+        status = layer_project_x(flow);
+    if (!status)
+        status = layer_project_dt(flow);
+    if (!status && scan_lost)
+        status = layer_scan(flow);
+    return status;
+}
+
+/* The gradient of the layer's output, in the pass's type. */
+static const void *output_gradient(const struct pass *pass)
+{
+    return pass->buffers[pass->request.act == TYPE_F32 ? PASS_DRESIDUAL : PASS_ROWS];
+}
+
+/* out_proj: dy, and / or the gradients of what trains there, from y. */
+static int out_backward(const struct pass *pass, const struct layer_flow *flow, const void *y, void *dy)
+{
+    const struct model_config *c = &pass->model->config;
+    const struct projected out = {.which = TARGET_OUT_PROJ,
+                                  .x = y,
+                                  .x_stride = c->d_inner,
+                                  .dy = output_gradient(pass),
+                                  .dy_stride = c->d_model,
+                                  .dx = dy,
+                                  .dx_stride = c->d_inner};
+    return project_backward(flow, &out);
+}
+
+/* PASS_DRESIDUAL holds the gradient of the layer's output; leave there the gradient of its input. `below`:
  * something trains below this layer, so that its input's gradient is wanted; without it, stop at the lowest
  * tensor that trains. */
 static int layer_backward(const struct pass *pass, const struct layer_flow *flow, bool below)
@@ -236,39 +359,61 @@ static int layer_backward(const struct pass *pass, const struct layer_flow *flow
     const struct model_config *c = &pass->model->config;
     const struct adapter *adapter = pass->adapter;
     void *const *at = pass->buffers;
-    float *dy = at[PASS_DY] ? at[PASS_DY] : at[PASS_Y];
     const int64_t width = c->dt_rank + 2 * c->d_state, inner = c->d_inner;
-    bool want_in = below || adapter_trains(adapter, TARGET_IN_PROJ);
-    bool want_scan =
+    const bool want_in = below || adapter_trains(adapter, TARGET_IN_PROJ);
+    const bool want_out = adapter_trains(adapter, TARGET_OUT_PROJ);
+    const bool want_scan =
         want_in || adapter_trains(adapter, TARGET_X_PROJ) || adapter_trains(adapter, TARGET_DT_PROJ);
+    bool has_normed;
 
-    int status = project_backward(flow, TARGET_OUT_PROJ, flow->y, inner, at[PASS_DRESIDUAL], c->d_model,
-                                  want_scan ? dy : NULL, inner, false);
-    if (status || !want_scan)
-        return status;
-    status = layer_convolve(flow);
+    int status = restore(pass, flow, &has_normed);
+    if (!status && !want_scan) {
+        status = layer_scan(flow);
+        return status ? status : out_backward(pass, flow, flow->y, NULL);
+    }
     if (!status)
-        status = layer_project_dt(flow);
+        status = out_backward(pass, flow, NULL, at[PASS_DY]);
     if (!status)
-        status = scan_backward(pass, flow, dy);
+        status = scan_backward(pass, flow, want_out ? flow->y : NULL);
+    if (!status && want_out)
+        status = out_backward(pass, flow, flow->y, NULL);
+    const struct projected dt = {.which = TARGET_DT_PROJ,
+                                 .x = flow->x_dbl,
+                                 .x_stride = width,
+                                 .dy = at[PASS_DDT],
+                                 .dy_stride = inner,
+                                 .dx = at[PASS_DX_DBL],
+                                 .dx_stride = width};
     if (!status)
-        status = project_backward(flow, TARGET_DT_PROJ, flow->x_dbl, width, at[PASS_DDT], inner,
-                                  at[PASS_DX_DBL], width, false);
+        status = project_backward(flow, &dt);
+    const struct projected x = {.which = TARGET_X_PROJ,
+                                .x = flow->xc,
+                                .x_stride = inner,
+                                .dy = at[PASS_DX_DBL],
+                                .dy_stride = width,
+                                .dx = want_in ? at[PASS_DXC] : NULL,
+                                .dx_stride = inner,
+                                .accumulate = true};
     if (!status)
-        status = project_backward(flow, TARGET_X_PROJ, flow->xc, inner, at[PASS_DX_DBL], width,
-                                  want_in ? at[PASS_DXC] : NULL, inner, true);
+        status = project_backward(flow, &x);
     if (status || !want_in)
         return status;
     status = conv_backward(pass, flow);
-    if (!status && adapter_trains(adapter, TARGET_IN_PROJ)) {
+    if (!status && !has_normed && adapter_trains(adapter, TARGET_IN_PROJ)) {
         struct layer_flow again = *flow; /* rmsnorm(r) once more: r is already the sum */
         again.x = NULL;
         again.residual = flow->residual_out;
         status = layer_norm(&again, layer_weight(flow, NORM));
     }
+    const struct projected in = {.which = TARGET_IN_PROJ,
+                                 .x = flow->normed,
+                                 .x_stride = c->d_model,
+                                 .dy = at[PASS_DXZ],
+                                 .dy_stride = 2 * inner,
+                                 .dx = below ? at[PASS_ROWS] : NULL,
+                                 .dx_stride = c->d_model};
     if (!status)
-        status = project_backward(flow, TARGET_IN_PROJ, flow->normed, c->d_model, at[PASS_DXZ], 2 * inner,
-                                  below ? at[PASS_ROWS] : NULL, c->d_model, false);
+        status = project_backward(flow, &in);
     if (status || !below)
         return status;
     return norm_backward(pass, flow,

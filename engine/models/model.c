@@ -208,6 +208,7 @@ static int list_weights(struct model *model, const struct safetensors *file, con
         memcpy(weight->shape, view->shape, sizeof weight->shape);
         weight->count = view->count;
         weight->matrix = spec.matrix;
+        weight->fp32 = spec.fp32;
         if (spec.role == ROLE_EMBEDDING)
             model->embedding = i;
         if (spec.role == ROLE_HEAD)
@@ -253,10 +254,14 @@ int model_open(const char *folder, const struct kernel_ops *ops, struct kernel_d
         return error_set(error, ERROR_NO_MEMORY, "no memory to open %s", folder);
     model->ops = ops;
     model->device = device;
-    int code = 0;
-    model->folder = strdup(folder);
-    if (!model->folder)
-        code = error_set(error, ERROR_NO_MEMORY, "no memory to open %s", folder);
+    struct kernel_device_info info;
+    int code = model_status(ops->device_query(device, &info), error, "device");
+    if (!code) {
+        model->is_host = info.is_host;
+        model->folder = strdup(folder);
+        if (!model->folder)
+            code = error_set(error, ERROR_NO_MEMORY, "no memory to open %s", folder);
+    }
     if (!code)
         code = read_config(folder, &model->config, &model->family, error);
     if (!code)
@@ -329,6 +334,17 @@ struct weight_view model_view(const struct model *model, const struct adapter *a
         return (struct weight_view){slice->param, TYPE_F32, slice->grad};
     }
     return (struct weight_view){weight->data, weight->type, NULL};
+}
+
+struct weight_view model_product_view(const struct model *model, const struct adapter *adapter,
+                                      const struct weight_copies *copies, int64_t index)
+{
+    struct weight_view view = model_view(model, adapter, index);
+    if (copies && copies->data && copies->data[index]) {
+        view.data = copies->data[index];
+        view.type = copies->type;
+    }
+    return view;
 }
 
 const float *model_derived(const struct model *model, const struct adapter *adapter)

@@ -35,6 +35,7 @@ struct weight {
     void *data;                 /* device memory */
     enum kernel_type file_type; /* as the file stores it; a full fine-tune is saved in it */
     bool matrix;                /* weight decay applies in full fine-tuning */
+    bool fp32;                  /* whatever the file's type: nothing that a big product reads */
 };
 
 struct model;
@@ -124,32 +125,51 @@ int adapter_load(struct model *model, const char *folder, bool trainable, struct
 int adapter_save(const struct adapter *adapter, const char *folder, const char *base_name,
                  struct error *error);
 void adapter_free(struct adapter *adapter);
+/* Renew what was made of parameters that have been written: their copies in a pass's type. */
+int adapter_refresh(const struct adapter *adapter, struct error *error);
 /* The parameter of that name, or NULL. */
 struct parameter *adapter_find(struct adapter *adapter, const char *name);
 
 /* ---- memory plan ---- */
 
+/* What a training pass is to be. Activations and products have the type `act`; the residual stream, parameters,
+ * gradients and all sums are fp32 always.
+ *
+ * Recomputation: a family can do without some of what it keeps from the forward for the backward, in
+ * model_recompute_levels() steps, the cheapest first (Mamba: one layer after another forgets xz, then one after
+ * another all but the residual stream). The results are the same bits at every level. */
 struct plan_request {
     enum adaptation adaptation;
     struct lora_config lora;
     int64_t max_tokens; /* of a micro-batch */
     int32_t max_seqs;
+    enum kernel_type act;
+    bool tf32;          /* F32 products may be rounded to TF32 */
+    int64_t recompute;  /* at least this level */
+    int64_t byte_limit; /* recompute as much more as it takes to stay within it; 0 = no limit */
 };
 struct memory_plan {
+    int64_t
+        weight_bytes; /* the base's or the master weights in the type of the products, where that differs */
     int64_t parameter_bytes; /* adapter or master weights */
     int64_t gradient_bytes, optimizer_bytes;
     int64_t activation_bytes, workspace_bytes;
-    int64_t total_bytes; /* beyond the base weights, which are loaded already */
+    int64_t total_bytes; /* beyond the base weights, which are loaded already; may exceed the limit */
+    int64_t recompute;   /* the level, at most model_recompute_levels() */
 };
+int64_t model_recompute_levels(const struct model *model);
 /* Sizes alone; allocates nothing. */
 int model_plan(const struct model *model, const struct plan_request *request, struct memory_plan *ret_plan,
                struct error *error);
 
 /* ---- training pass ---- */
 
-/* One arena for activations, gradients of activations and workspace, sized by the plan. */
+/* One arena for activations, gradients of activations, workspace and converted weights, sized by the plan of the same
+ * request (whose adaptation and lora are the adapter's own). A full fine-tune in 16 bits gets its parameters' copies
+ * here (param_slice.copy): one pass at a time, slices are taken from the adapter after this, and whoever writes
+ * parameters other than by adamw calls adapter_refresh(). */
 struct pass;
-int pass_create(struct model *model, struct adapter *adapter, int64_t max_tokens, int32_t max_seqs,
+int pass_create(struct model *model, struct adapter *adapter, const struct plan_request *request,
                 struct pass **ret_pass, struct error *error);
 void pass_free(struct pass *pass);
 
@@ -163,14 +183,16 @@ struct pass_options {
     void *yield_arg;
 };
 struct pass_result {
-    double loss_sum; /* sum over targets of -log p */
+    double loss_sum; /* sum over targets of -log p; may be NaN or infinite */
     int64_t n_targets;
     int64_t n_correct; /* targets that are the argmax */
 };
-/* Forward, and backward when asked, of one micro-batch (host memory). Gradients accumulate into the adapter's
- * slices. ERROR_DIVERGED when loss_sum is not finite. */
+/* Forward, and backward when asked, of one micro-batch (host memory, free to change on return). Gradients accumulate
+ * into the adapter's slices, the result on the device: nothing is waited for. */
 int pass_run(struct pass *pass, const struct batch *batch, const struct pass_options *options,
-             struct pass_result *ret_result, struct error *error);
+             struct error *error);
+/* Wait for the results of all micro-batches since the last pass_collect(). */
+int pass_collect(struct pass *pass, struct pass_result *ret_result, struct error *error);
 
 /* ---- inference ---- */
 

@@ -1,43 +1,95 @@
 /* pass.c: one training or evaluation pass over a micro-batch: embeddings, the family's layers, head and loss,
  * and back again.
  *
- * The head is the widest product of a small model, so it runs over the rows that have a target alone: they
- * are gathered run by run before it and its gradient is spread out after it. Everything is allocated by
- * pass_create; pass_run allocates nothing. The device's owner thread alone uses a pass. */
+ * The head is the widest product of a small model. Where many rows have no target (prompts) it runs over the others
+ * alone: they are gathered run by run before it and its gradient is spread out after it. Everything is allocated by
+ * pass_create; pass_run allocates nothing and waits for nothing: loss and count of right answers add up on the device
+ * until pass_collect fetches them. The device's owner thread alone uses a pass. */
 #include "engine/models/internal.h"
 
 #include <inttypes.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* What PASS_SUMS holds. */
+struct pass_sums {
+    double loss_sum;
+    int64_t n_correct;
+};
+
+/* ---- memory ---- */
+
+/* Bytes of a weight's copy in the type of the products; 0 where they read the weight itself: that of the base, or a
+ * full fine-tune's fp32 master. The host's ops convert as they read, so it never copies. An embedding that is not the
+ * head is only looked up. */
+static int64_t copy_bytes(const struct model *model, const struct plan_request *request, int64_t index)
+{
+    const struct weight *weight = &model->weights[index];
+    enum kernel_type type = request->adaptation == ADAPT_FULL ? TYPE_F32 : weight->type;
+    if (weight->fp32 || type == request->act || model->is_host ||
+        (index == model->embedding && index != model->head))
+        return 0;
+    return plan_round(weight->count * (int64_t)kernel_type_size(request->act));
+}
 
 void pass_plan(const struct model *model, const struct plan_request *request, struct plan *ret_plan)
 {
     const struct model_config *config = &model->config;
     const int64_t tokens = request->max_tokens, stream = tokens * config->d_model;
+    const int64_t size = (int64_t)kernel_type_size(request->act);
     struct plan plan = {0};
+    int64_t weight_bytes = 0;
+    for (int64_t i = 0; i < model->n_weights; i++)
+        weight_bytes += copy_bytes(model, request, i);
     plan_add(&plan, PASS_IDS, PLAN_ACTIVATION, tokens, sizeof(int32_t));
     plan_add(&plan, PASS_TARGETS, PLAN_ACTIVATION, tokens, sizeof(int32_t));
-    plan_add(&plan, PASS_LOGPROBS, PLAN_ACTIVATION, tokens, sizeof(float));
-    plan_add(&plan, PASS_ARGMAX, PLAN_ACTIVATION, tokens, sizeof(int32_t));
+    plan_add(&plan, PASS_SUMS, PLAN_ACTIVATION, 1, sizeof(struct pass_sums));
     plan_add(&plan, PASS_RESIDUAL, PLAN_ACTIVATION, (config->n_layers + 1) * stream, sizeof(float));
-    plan_add(&plan, PASS_NORMED, PLAN_WORKSPACE, stream, sizeof(float));
-    plan_add(&plan, PASS_ROWS, PLAN_WORKSPACE, stream, sizeof(float));
+    plan_add(&plan, PASS_NORMED, PLAN_WORKSPACE, stream, size);
+    plan_add(&plan, PASS_ROWS, PLAN_WORKSPACE, stream, size);
     plan_add(&plan, PASS_DRESIDUAL, PLAN_WORKSPACE, stream, sizeof(float));
     plan_add(&plan, PASS_SCRATCH, PLAN_WORKSPACE,
              model->ops->head_workspace(tokens, config->d_model, config->vocab_size, true), 1);
-    if (config->proj_bias)
-        plan_add(&plan, PASS_ONES, PLAN_WORKSPACE, tokens, sizeof(float));
+    plan_add(&plan, PASS_WEIGHTS, PLAN_WEIGHTS, weight_bytes, 1);
     model->family->pass_plan(config, request, model->ops, &plan);
     *ret_plan = plan;
 }
 
-int pass_create(struct model *model, struct adapter *adapter, int64_t max_tokens, int32_t max_seqs,
+/* Fill PASS_WEIGHTS. */
+static int copy_weights(struct pass *pass, struct error *error)
+{
+    const struct model *model = pass->model;
+    char *next = pass->buffers[PASS_WEIGHTS];
+    int status = 0;
+    pass->copies.type = pass->request.act;
+    if (!next)
+        return 0;
+    pass->copies.data = calloc((size_t)model->n_weights, sizeof *pass->copies.data);
+    if (!pass->copies.data)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a training pass");
+    for (int64_t i = 0; !status && i < model->n_weights; i++) {
+        const struct weight *weight = &model->weights[i];
+        int64_t bytes = copy_bytes(model, &pass->request, i);
+        if (!bytes)
+            continue;
+        pass->copies.data[i] = next;
+        next += bytes;
+        if (pass->adapter->adaptation == ADAPT_FULL) {
+            struct param_slice *slice = &pass->adapter->parameters[i].slice;
+            slice->copy = pass->copies.data[i];
+            slice->copy_type = pass->copies.type;
+        } else {
+            status = model->ops->cast(model->device, pass->copies.data[i], pass->copies.type, weight->data,
+                                      weight->type, weight->count);
+        }
+    }
+    return status ? model_status(status, error, "converted weights") : adapter_refresh(pass->adapter, error);
+}
+
+int pass_create(struct model *model, struct adapter *adapter, const struct plan_request *request,
                 struct pass **ret_pass, struct error *error)
 {
     struct plan plan;
-    if (max_tokens < 1 || max_tokens > INT32_MAX || max_seqs < 1)
-        return error_set(error, ERROR_INVALID, "a training batch holds from 1 to %d tokens", INT32_MAX);
     if (adapter->model != model)
         return error_set(error, ERROR_INVALID, "an adapter of another model");
     struct pass *pass = calloc(1, sizeof *pass);
@@ -45,21 +97,25 @@ int pass_create(struct model *model, struct adapter *adapter, int64_t max_tokens
         return error_set(error, ERROR_NO_MEMORY, "no memory for a training pass");
     pass->model = model;
     pass->adapter = adapter;
-    pass->max_tokens = max_tokens;
-    pass->max_seqs = max_seqs;
-    struct plan_request request = {adapter->adaptation, adapter->lora, max_tokens, max_seqs};
-    pass_plan(model, &request, &plan);
+    pass->request = *request;
+    pass->request.adaptation = adapter->adaptation;
+    pass->request.lora = adapter->lora;
+    int code = plan_resolve(model, &pass->request, &pass->request, &plan, error);
+    if (code)
+        goto done;
     pass->scratch_bytes = plan.buffers[PASS_SCRATCH].bytes;
-    pass->host_targets = malloc((size_t)max_tokens * sizeof *pass->host_targets);
-    pass->host_logprobs = malloc((size_t)max_tokens * sizeof *pass->host_logprobs);
-    pass->host_argmax = malloc((size_t)max_tokens * sizeof *pass->host_argmax);
-    int code = 0;
-    if (!pass->host_targets || !pass->host_logprobs || !pass->host_argmax)
+    pass->host_targets = malloc((size_t)request->max_tokens * sizeof *pass->host_targets);
+    if (!pass->host_targets)
         code = error_set(error, ERROR_NO_MEMORY, "no memory for a training pass");
     if (!code)
         code = plan_carve(&plan, model->ops, model->device, &pass->arena, pass->buffers, error);
     if (!code)
-        code = linear_fill_ones(model, pass->buffers[PASS_ONES], max_tokens, error);
+        code = copy_weights(pass, error);
+    if (!code)
+        code =
+            model_status(model->ops->zero(model->device, pass->buffers[PASS_SUMS], sizeof(struct pass_sums)),
+                         error, "sums");
+done:
     if (code)
         pass_free(pass);
     else
@@ -71,11 +127,13 @@ void pass_free(struct pass *pass)
 {
     if (!pass)
         return;
+    for (int64_t i = 0; pass->copies.data && i < pass->model->n_weights; i++)
+        if (pass->copies.data[i] && pass->adapter->adaptation == ADAPT_FULL)
+            pass->adapter->parameters[i].slice.copy = NULL;
+    free(pass->copies.data);
     if (pass->arena)
         pass->model->ops->memory_free(pass->model->device, pass->arena);
     free(pass->host_targets);
-    free(pass->host_logprobs);
-    free(pass->host_argmax);
     free(pass);
 }
 
@@ -84,12 +142,12 @@ void pass_free(struct pass *pass)
 static int check_batch(const struct pass *pass, const struct batch *batch, struct error *error)
 {
     const int64_t vocab = pass->model->config.vocab_size;
-    if (batch->n_tokens < 1 || batch->n_tokens > pass->max_tokens || batch->n_seqs < 1 ||
-        batch->n_seqs > pass->max_seqs)
+    if (batch->n_tokens < 1 || batch->n_tokens > pass->request.max_tokens || batch->n_seqs < 1 ||
+        batch->n_seqs > pass->request.max_seqs)
         return error_set(error, ERROR_INVALID,
                          "a batch of %" PRId64 " tokens in %" PRId32 " sequences where %" PRId64
                          " in %" PRId32 " fit",
-                         batch->n_tokens, batch->n_seqs, pass->max_tokens, pass->max_seqs);
+                         batch->n_tokens, batch->n_seqs, pass->request.max_tokens, pass->request.max_seqs);
     if (batch->seq_starts[0] != 0 || batch->seq_starts[batch->n_seqs] != batch->n_tokens)
         return error_set(error, ERROR_INVALID, "a batch's sequences must cover its tokens");
     for (int32_t s = 0; s < batch->n_seqs; s++)
@@ -117,17 +175,18 @@ static bool next_run(const struct batch *batch, int64_t begin, int64_t *ret_begi
 }
 
 /* Copy the rows that count between [T,d] (`spread`) and back to back (`packed`), in either direction. */
-static int move_counted(const struct pass *pass, const struct batch *batch, float *spread, float *packed,
+static int move_counted(const struct pass *pass, const struct batch *batch, void *spread, void *packed,
                         bool to_packed)
 {
     const struct model *model = pass->model;
     const int64_t d = model->config.d_model;
+    const enum kernel_type act = pass->request.act;
     int64_t begin, end = 0, at = 0;
     int status = 0;
     while (!status && next_run(batch, end, &begin, &end)) {
-        float *one = spread + begin * d, *other = packed + at * d;
+        void *one = element_at(spread, begin * d, act), *other = element_at(packed, at * d, act);
         status = model->ops->copy(model->device, to_packed ? other : one, to_packed ? one : other,
-                                  (size_t)((end - begin) * d) * sizeof(float));
+                                  (size_t)((end - begin) * d) * kernel_type_size(act));
         at += end - begin;
     }
     return status;
@@ -175,51 +234,58 @@ static int embed_backward(const struct pass *pass, const struct batch *batch)
     return model->ops->embedding_backward(model->device, &args);
 }
 
-/* Loss of the rows that count; going backward, d(hidden) spread out in PASS_ROWS as well. *ret_counted: rows.
- */
+/* Gathering costs a pass over the rows or two; below this share of rows without a target it saves less. */
+static bool worth_gathering(int64_t counted, int64_t tokens)
+{
+    return counted < tokens - tokens / 8;
+}
+
+/* Loss of the rows that count, added to the sums; going backward, d(hidden) in PASS_ROWS as well. `counted`: how many
+ * rows do, at least one. */
 static int head(const struct pass *pass, const struct batch *batch, const struct pass_options *options,
-                int64_t *ret_counted)
+                int64_t counted)
 {
     const struct model *model = pass->model;
     const struct kernel_ops *ops = model->ops;
     void *const *at = pass->buffers;
-    struct weight_view weight = model_view(model, pass->adapter, model->head);
-    int64_t counted = 0;
-    for (int64_t t = 0; t < batch->n_tokens; t++)
-        if (batch->targets[t] >= 0)
-            pass->host_targets[counted++] = batch->targets[t];
-    *ret_counted = counted;
-    if (!counted)
-        return 0;
-    struct head_args args = {.rows = counted,
-                             .d_model = model->config.d_model,
+    const int64_t d = model->config.d_model;
+    const bool gather = worth_gathering(counted, batch->n_tokens);
+    struct weight_view weight = model_product_view(model, pass->adapter, &pass->copies, model->head);
+    struct head_args args = {.rows = gather ? counted : batch->n_tokens,
+                             .d_model = d,
                              .vocab = model->config.vocab_size,
-                             .hidden = at[PASS_ROWS],
+                             .hidden = gather ? at[PASS_ROWS] : at[PASS_NORMED],
                              .weight = weight.data,
                              .weight_type = weight.type,
-                             .act = TYPE_F32,
+                             .act = pass->request.act,
+                             .tf32 = pass->request.tf32,
                              .targets = at[PASS_TARGETS],
-                             .logprobs = at[PASS_LOGPROBS],
-                             .argmax = at[PASS_ARGMAX],
-                             .d_hidden = options->backward ? at[PASS_DRESIDUAL] : NULL,
+                             .loss_sum = &((struct pass_sums *)at[PASS_SUMS])->loss_sum,
+                             .n_correct = &((struct pass_sums *)at[PASS_SUMS])->n_correct,
                              .d_weight = options->backward ? weight.grad : NULL,
                              .grad_scale = options->grad_scale,
                              .workspace = at[PASS_SCRATCH],
                              .workspace_bytes = pass->scratch_bytes};
-    size_t stream_bytes = (size_t)(batch->n_tokens * model->config.d_model) * sizeof(float);
-    int status = ops->copy_in(model->device, at[PASS_TARGETS], pass->host_targets,
-                              (size_t)counted * sizeof *pass->host_targets);
-    if (!status)
+    if (options->backward)
+        args.d_hidden = gather ? at[PASS_DRESIDUAL] : at[PASS_ROWS];
+    int64_t n = 0;
+    for (int64_t t = 0; gather && t < batch->n_tokens; t++)
+        if (batch->targets[t] >= 0)
+            pass->host_targets[n++] = batch->targets[t];
+    int status = ops->copy_in(model->device, at[PASS_TARGETS], gather ? pass->host_targets : batch->targets,
+                              (size_t)args.rows * sizeof *pass->host_targets);
+    if (!status && gather)
         status = move_counted(pass, batch, at[PASS_NORMED], at[PASS_ROWS], true);
     if (!status)
         status = ops->head(model->device, &args);
-    if (!status && options->backward) {
-        status = ops->zero(model->device, at[PASS_ROWS], stream_bytes);
+    if (!status && options->backward && gather) {
+        status = ops->zero(model->device, at[PASS_ROWS],
+                           (size_t)(batch->n_tokens * d) * kernel_type_size(pass->request.act));
         if (!status)
             status = move_counted(pass, batch, at[PASS_ROWS], at[PASS_DRESIDUAL], false);
-        if (!status)
-            status = ops->zero(model->device, at[PASS_DRESIDUAL], stream_bytes);
     }
+    if (!status && options->backward)
+        status = ops->zero(model->device, at[PASS_DRESIDUAL], (size_t)(batch->n_tokens * d) * sizeof(float));
     return status;
 }
 
@@ -234,30 +300,8 @@ static int backward(struct pass *pass, const struct batch *batch, const struct p
     return code;
 }
 
-static int collect(const struct pass *pass, int64_t counted, struct pass_result *ret_result,
-                   struct error *error)
-{
-    const struct model *model = pass->model;
-    struct pass_result result = {.n_targets = counted};
-    int status = model->ops->copy_out(model->device, pass->host_logprobs, pass->buffers[PASS_LOGPROBS],
-                                      (size_t)counted * sizeof *pass->host_logprobs);
-    if (!status)
-        status = model->ops->copy_out(model->device, pass->host_argmax, pass->buffers[PASS_ARGMAX],
-                                      (size_t)counted * sizeof *pass->host_argmax);
-    if (status)
-        return model_status(status, error, "loss");
-    for (int64_t i = 0; i < counted; i++) {
-        result.loss_sum -= (double)pass->host_logprobs[i];
-        result.n_correct += pass->host_argmax[i] == pass->host_targets[i];
-    }
-    if (!isfinite(result.loss_sum))
-        return error_set(error, ERROR_DIVERGED, "the loss is not finite");
-    *ret_result = result;
-    return 0;
-}
-
 int pass_run(struct pass *pass, const struct batch *batch, const struct pass_options *options,
-             struct pass_result *ret_result, struct error *error)
+             struct error *error)
 {
     int64_t counted = 0;
     int code = check_batch(pass, batch, error);
@@ -269,9 +313,28 @@ int pass_run(struct pass *pass, const struct batch *batch, const struct pass_opt
         code = model_status(embed(pass, batch), error, "embeddings");
     if (!code)
         code = pass->model->family->pass_forward(pass, batch, options, error);
-    if (!code)
-        code = model_status(head(pass, batch, options, &counted), error, "head");
-    if (!code && options->backward && counted > 0)
+    for (int64_t t = 0; !code && t < batch->n_tokens; t++)
+        counted += batch->targets[t] >= 0;
+    if (code || !counted)
+        return code;
+    code = model_status(head(pass, batch, options, counted), error, "head");
+    if (!code && options->backward)
         code = backward(pass, batch, options, error);
-    return code ? code : collect(pass, counted, ret_result, error);
+    if (!code)
+        pass->n_targets += counted;
+    return code;
+}
+
+int pass_collect(struct pass *pass, struct pass_result *ret_result, struct error *error)
+{
+    const struct model *model = pass->model;
+    struct pass_sums sums;
+    int status = model->ops->copy_out(model->device, &sums, pass->buffers[PASS_SUMS], sizeof sums);
+    if (!status)
+        status = model->ops->zero(model->device, pass->buffers[PASS_SUMS], sizeof sums);
+    if (status)
+        return model_status(status, error, "loss");
+    *ret_result = (struct pass_result){sums.loss_sum, pass->n_targets, sums.n_correct};
+    pass->n_targets = 0;
+    return 0;
 }

@@ -43,7 +43,9 @@ int64_t plan_bytes_of(const struct plan *plan, enum plan_use use)
 
 int64_t plan_bytes(const struct plan *plan)
 {
-    return add_saturating(plan_bytes_of(plan, PLAN_ACTIVATION), plan_bytes_of(plan, PLAN_WORKSPACE));
+    return add_saturating(
+        plan_bytes_of(plan, PLAN_WEIGHTS),
+        add_saturating(plan_bytes_of(plan, PLAN_ACTIVATION), plan_bytes_of(plan, PLAN_WORKSPACE)));
 }
 
 int plan_carve(const struct plan *plan, const struct kernel_ops *ops, struct kernel_device *device,
@@ -63,23 +65,68 @@ int plan_carve(const struct plan *plan, const struct kernel_ops *ops, struct ker
     return 0;
 }
 
+int64_t model_recompute_levels(const struct model *model)
+{
+    return model->family->recompute_levels(&model->config);
+}
+
+/* What a plan of these buffers takes in all. */
+static int64_t total_bytes(const struct memory_plan *fixed, const struct plan *plan)
+{
+    return add_saturating(plan_bytes(plan),
+                          fixed->parameter_bytes + fixed->gradient_bytes + fixed->optimizer_bytes);
+}
+
+/* Resolve, and the bytes that no level changes. */
+static int resolve(const struct model *model, const struct plan_request *request,
+                   struct plan_request *ret_request, struct plan *ret_plan, struct memory_plan *ret_fixed,
+                   struct error *error)
+{
+    struct plan_request resolved = *request;
+    int64_t levels = model_recompute_levels(model);
+    if (request->max_tokens < 1 || request->max_tokens > INT32_MAX || request->max_seqs < 1)
+        return error_set(error, ERROR_INVALID, "a training batch holds from 1 to %d tokens", INT32_MAX);
+    if (request->recompute < 0 || request->byte_limit < 0)
+        return error_set(error, ERROR_INVALID, "a recompute level and a limit of bytes are at least 0");
+    *ret_fixed = (struct memory_plan){0};
+    int code = adapter_bytes(model, request->adaptation, &request->lora, &ret_fixed->parameter_bytes,
+                             &ret_fixed->gradient_bytes, error);
+    if (code)
+        return code;
+    ret_fixed->optimizer_bytes = 2 * ret_fixed->gradient_bytes;
+    if (resolved.recompute > levels)
+        resolved.recompute = levels;
+    pass_plan(model, &resolved, ret_plan);
+    while (request->byte_limit && resolved.recompute < levels &&
+           total_bytes(ret_fixed, ret_plan) > request->byte_limit) {
+        resolved.recompute++;
+        pass_plan(model, &resolved, ret_plan);
+    }
+    *ret_request = resolved;
+    return 0;
+}
+
+int plan_resolve(const struct model *model, const struct plan_request *request,
+                 struct plan_request *ret_request, struct plan *ret_plan, struct error *error)
+{
+    struct memory_plan fixed;
+    return resolve(model, request, ret_request, ret_plan, &fixed, error);
+}
+
 int model_plan(const struct model *model, const struct plan_request *request, struct memory_plan *ret_plan,
                struct error *error)
 {
-    struct memory_plan result = {0};
+    struct memory_plan result;
+    struct plan_request resolved;
     struct plan plan;
-    if (request->max_tokens < 1 || request->max_tokens > INT32_MAX || request->max_seqs < 1)
-        return error_set(error, ERROR_INVALID, "a training batch holds from 1 to %d tokens", INT32_MAX);
-    int code = adapter_bytes(model, request->adaptation, &request->lora, &result.parameter_bytes,
-                             &result.gradient_bytes, error);
+    int code = resolve(model, request, &resolved, &plan, &result, error);
     if (code)
         return code;
-    result.optimizer_bytes = 2 * result.gradient_bytes;
-    pass_plan(model, request, &plan);
+    result.weight_bytes = plan_bytes_of(&plan, PLAN_WEIGHTS);
     result.activation_bytes = plan_bytes_of(&plan, PLAN_ACTIVATION);
     result.workspace_bytes = plan_bytes_of(&plan, PLAN_WORKSPACE);
-    result.total_bytes = add_saturating(plan_bytes(&plan), result.parameter_bytes + result.gradient_bytes +
-                                                               result.optimizer_bytes);
+    result.total_bytes = total_bytes(&result, &plan);
+    result.recompute = resolved.recompute;
     *ret_plan = result;
     return 0;
 }

@@ -11,8 +11,9 @@
 
 enum { PLAN_MAX = 40, PLAN_ALIGNMENT = 64 };
 
-/* Activations live from the forward to the backward of their layer; workspace is used within one layer. */
-enum plan_use { PLAN_ACTIVATION, PLAN_WORKSPACE };
+/* Activations live from the forward to the backward of their layer; workspace is used within one layer; weights stay
+ * as long as the arena. */
+enum plan_use { PLAN_ACTIVATION, PLAN_WORKSPACE, PLAN_WEIGHTS };
 
 struct plan_buffer {
     int64_t bytes; /* a multiple of PLAN_ALIGNMENT; 0 = not wanted */

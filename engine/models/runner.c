@@ -33,8 +33,6 @@ static void plan_runner(const struct runner *runner, struct plan *plan)
     plan_add(plan, RUNNER_SCRATCH, PLAN_WORKSPACE,
              model->ops->head_workspace(scored, config->d_model, config->vocab_size, false), 1);
     plan_add(plan, RUNNER_U, PLAN_WORKSPACE, runner->u_floats, sizeof(float));
-    if (config->proj_bias)
-        plan_add(plan, RUNNER_ONES, PLAN_WORKSPACE, tokens, sizeof(float));
     model->family->runner_plan(config, tokens, runner->max_seqs, model->ops, plan);
 }
 
@@ -65,8 +63,6 @@ int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, str
         code = error_set(error, ERROR_NO_MEMORY, "no memory for a runner");
     if (!code)
         code = plan_carve(&plan, model->ops, model->device, &runner->arena, runner->buffers, error);
-    if (!code)
-        code = linear_fill_ones(model, runner->buffers[RUNNER_ONES], max_tokens, error);
     if (code)
         runner_free(runner);
     else

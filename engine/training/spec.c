@@ -262,6 +262,11 @@ const char *training_precision_name(enum precision precision)
     return precisions[precision];
 }
 
+enum kernel_type training_activation_type(enum precision precision)
+{
+    return precision == PRECISION_BF16 ? TYPE_BF16 : precision == PRECISION_FP16 ? TYPE_F16 : TYPE_F32;
+}
+
 float training_learning_rate(const struct training_spec *spec, int64_t step, int64_t total_steps)
 {
     double peak = (double)spec->learning_rate;

@@ -44,14 +44,8 @@ static const double smoothing = 0.9;
 struct partial_step {
     int32_t n_batches;
     struct data_cursor cursor; /* after the last of them */
-    double loss_sum, seconds;
-    int64_t n_targets, n_correct, n_tokens;
-};
-
-struct evaluation {
-    struct data_cursor cursor;
-    double loss_sum;
-    int64_t n_targets, n_correct;
+    double seconds;
+    int64_t n_tokens;
 };
 
 struct trainer {
@@ -76,7 +70,7 @@ struct trainer {
 
     struct training_state state;
     struct partial_step partial;
-    struct evaluation evaluation;
+    struct data_cursor evaluation; /* of its next batch */
     struct checkpoint_list checkpoints;
     /* best_step as the newest checkpoint has it: a run that goes on from there will ask for that one. */
     int64_t kept_best_step;
@@ -179,17 +173,13 @@ static int identify(struct trainer *trainer, struct error *error)
  * that it serves. So the plan is held against what is free. */
 static int check_memory(const struct trainer *trainer, struct error *error)
 {
-    const struct memory_plan *plan = &trainer->workload.plan;
-    struct kernel_device_info info;
-    int code =
-        kernel_check(trainer->ops->device_query(trainer->device, &info), "cannot query the device", error);
-    if (!code && plan->total_bytes > info.free_bytes)
-        code =
-            error_set_param(error, ERROR_NO_MEMORY, "batch_size",
-                            "the job needs %.1f MB beyond the model's weights, %.1f MB are free: a smaller "
-                            "batch_size or max_seq_len needs less",
-                            1e-6 * (double)plan->total_bytes, 1e-6 * (double)info.free_bytes);
-    return code;
+    const struct workload *work = &trainer->workload;
+    if (work->plan.total_bytes <= work->request.byte_limit)
+        return 0;
+    return error_set_param(error, ERROR_NO_MEMORY, "batch_size",
+                           "the job needs %.1f MB beyond the model's weights, %.1f MB are free: a smaller "
+                           "batch_size or max_seq_len needs less",
+                           1e-6 * (double)work->plan.total_bytes, 1e-6 * (double)work->request.byte_limit);
 }
 
 /* The probe that a parameter belongs to; -1 for none (full fine-tuning). */
@@ -368,12 +358,12 @@ int trainer_open(const struct trainer_options *options, struct trainer **ret_tra
         code = adapter_create(trainer->model, trainer->spec.adaptation, &trainer->spec.lora,
                               trainer->spec.seed, &trainer->adapter, error);
     if (!code)
+        code = pass_create(trainer->model, trainer->adapter, &work->request, &trainer->pass, error);
+    if (!code)
         code = arrange_slices(trainer, error);
     if (code)
         goto done;
     say_plan(trainer);
-    code = pass_create(trainer->model, trainer->adapter, work->max_tokens, work->max_seqs, &trainer->pass,
-                       error);
     if (!code && batch_create(work->max_tokens, work->max_seqs, &trainer->batch))
         code = error_set(error, ERROR_NO_MEMORY, "no memory for a batch of %" PRId64 " tokens",
                          work->max_tokens);
@@ -599,13 +589,13 @@ static int probe_gradients(const struct trainer *trainer, int64_t step, struct e
 
 /* Clip and apply the accumulated gradients. A step without a single target (examples of one token) changes
  * nothing. */
-static int update_parameters(struct trainer *trainer, int64_t step, float learning_rate, double *ret_norm,
-                             struct error *error)
+static int update_parameters(struct trainer *trainer, int64_t step, float learning_rate, int64_t targets,
+                             double *ret_norm, struct error *error)
 {
     const struct training_spec *spec = &trainer->spec;
-    double sum = 0, n_targets = (double)trainer->partial.n_targets, clip = 1;
+    double sum = 0, n_targets = (double)targets, clip = 1;
     *ret_norm = 0;
-    if (!trainer->partial.n_targets)
+    if (!targets)
         return 0;
     int code =
         kernel_check(trainer->ops->grad_norm(
@@ -615,8 +605,7 @@ static int update_parameters(struct trainer *trainer, int64_t step, float learni
         return code;
     double norm = sqrt(sum) / n_targets;
     if (!isfinite(norm))
-        return error_set(error, ERROR_DIVERGED, "step %" PRId64 ": the gradient became NaN or infinite",
-                         step);
+        return error_set(error, ERROR_DIVERGED, "the gradient became NaN or infinite");
     code = probe_gradients(trainer, step, error);
     if (code)
         return code;
@@ -686,21 +675,36 @@ static int conclude_step(struct trainer *trainer, struct error *error)
     return checkpoint_falls_due(trainer) ? write_checkpoint(trainer, error) : 0;
 }
 
+/* The losses of the passes since the last time. */
+static int collect(struct trainer *trainer, struct pass_result *ret_result, struct error *error)
+{
+    int code = pass_collect(trainer->pass, ret_result, error);
+    if (!code && !isfinite(ret_result->loss_sum))
+        code = error_set(error, ERROR_DIVERGED, "the loss is not finite");
+    return code;
+}
+
 static int take_step(struct trainer *trainer, struct error *error)
 {
     struct training_state *state = &trainer->state;
     const struct partial_step *partial = &trainer->partial;
-    double norm = 0, started = now_seconds(), n_targets = partial->n_targets ? (double)partial->n_targets : 1;
+    struct pass_result result;
+    double norm = 0, started = now_seconds();
     int64_t step = state->step + 1;
     float learning_rate = training_learning_rate(&trainer->spec, step, trainer->workload.total_steps);
-    int code = update_parameters(trainer, step, learning_rate, &norm, error);
-    if (code)
+    int code = collect(trainer, &result, error);
+    if (!code)
+        code = update_parameters(trainer, step, learning_rate, result.n_targets, &norm, error);
+    if (code) {
+        error_prefix(error, "step %" PRId64 ": ", step);
         return code;
+    }
+    double n_targets = result.n_targets ? (double)result.n_targets : 1;
     state->step = step;
     state->cursor = partial->cursor;
     state->trained_tokens += partial->n_tokens;
-    state->train_loss = partial->loss_sum / n_targets;
-    state->train_accuracy = (double)partial->n_correct / n_targets;
+    state->train_loss = result.loss_sum / n_targets;
+    state->train_accuracy = (double)result.n_correct / n_targets;
     state->learning_rate = (double)learning_rate;
     state->grad_norm = norm;
     state->valid_loss = state->valid_accuracy = (double)NAN;
@@ -708,7 +712,7 @@ static int take_step(struct trainer *trainer, struct error *error)
     trainer->partial.seconds += now_seconds() - started;
     note_speed(trainer);
     trainer->partial = (struct partial_step){.cursor = state->cursor};
-    trainer->evaluation = (struct evaluation){0};
+    trainer->evaluation = (struct data_cursor){0};
     return state->evaluating ? 0 : conclude_step(trainer, error);
 }
 
@@ -718,7 +722,6 @@ static int advance_training(struct trainer *trainer, struct error *error)
     const struct training_spec *spec = &trainer->spec;
     int64_t step = trainer->state.step + 1;
     double started = now_seconds();
-    struct pass_result result;
     int code = dataset_next_batch(trainer->workload.training, spec->seed, true, spec->batch_size,
                                   spec->packing, spec->max_seq_len, &partial->cursor, trainer->batch, error);
     if (code)
@@ -730,15 +733,12 @@ static int advance_training(struct trainer *trainer, struct error *error)
         .yield = trainer->callbacks.yield,
         .yield_arg = trainer->callbacks.arg,
     };
-    code = pass_run(trainer->pass, trainer->batch, &options, &result, error);
+    code = pass_run(trainer->pass, trainer->batch, &options, error);
     if (code) {
         error_prefix(error, "step %" PRId64 ": ", step);
         return code;
     }
     partial->n_batches++;
-    partial->loss_sum += result.loss_sum;
-    partial->n_targets += result.n_targets;
-    partial->n_correct += result.n_correct;
     partial->n_tokens += trainer->batch->n_tokens;
     partial->seconds += now_seconds() - started;
     if (partial->n_batches < spec->gradient_accumulation_steps && partial->cursor.position)
@@ -748,14 +748,13 @@ static int advance_training(struct trainer *trainer, struct error *error)
 
 /* ---- evaluation ---- */
 
-static void conclude_evaluation(struct trainer *trainer)
+static void conclude_evaluation(struct trainer *trainer, const struct pass_result *result)
 {
     struct training_state *state = &trainer->state;
     const struct training_spec *spec = &trainer->spec;
-    const struct evaluation *evaluation = &trainer->evaluation;
     state->evaluating = false;
-    state->valid_loss = evaluation->loss_sum / (double)evaluation->n_targets;
-    state->valid_accuracy = (double)evaluation->n_correct / (double)evaluation->n_targets;
+    state->valid_loss = result->loss_sum / (double)result->n_targets;
+    state->valid_accuracy = (double)result->n_correct / (double)result->n_targets;
     bool first = !state->best_step;
     if (first || state->valid_loss < state->best_loss) {
         state->best_step = state->step;
@@ -774,26 +773,23 @@ static void conclude_evaluation(struct trainer *trainer)
 static int advance_evaluation(struct trainer *trainer, struct error *error)
 {
     const struct training_spec *spec = &trainer->spec;
-    struct evaluation *evaluation = &trainer->evaluation;
     struct pass_result result;
     int code =
         dataset_next_batch(trainer->workload.validation, spec->seed, false, spec->batch_size, spec->packing,
-                           spec->max_seq_len, &evaluation->cursor, trainer->batch, error);
+                           spec->max_seq_len, &trainer->evaluation, trainer->batch, error);
     if (code)
         return code;
     const struct pass_options options = {.yield = trainer->callbacks.yield,
                                          .yield_arg = trainer->callbacks.arg};
-    code = pass_run(trainer->pass, trainer->batch, &options, &result, error);
-    if (code) {
+    code = pass_run(trainer->pass, trainer->batch, &options, error);
+    bool more = trainer->evaluation.position;
+    if (!code && !more)
+        code = collect(trainer, &result, error);
+    if (code)
         error_prefix(error, "evaluation after step %" PRId64 ": ", trainer->state.step);
+    if (code || more)
         return code;
-    }
-    evaluation->loss_sum += result.loss_sum;
-    evaluation->n_targets += result.n_targets;
-    evaluation->n_correct += result.n_correct;
-    if (evaluation->cursor.position)
-        return 0;
-    conclude_evaluation(trainer);
+    conclude_evaluation(trainer, &result);
     return conclude_step(trainer, error);
 }
 

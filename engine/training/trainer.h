@@ -54,6 +54,8 @@ int training_spec_decode(const json_t *json, struct training_spec *ret_spec, str
 json_t *training_spec_encode(const struct training_spec *spec);
 /* "fp32" ... */
 const char *training_precision_name(enum precision precision);
+/* What a pass of that precision computes with: F32 for fp32 and tf32. */
+enum kernel_type training_activation_type(enum precision precision);
 /* The learning rate of optimizer step `step` (1 for the first) of total_steps: linear warm-up that reaches
  * the peak at step warmup_steps, then constant, linear or half a cosine from the peak at step warmup_steps +
  * 1 to the 0 that would come after the last (no step is wasted on a rate of 0). */

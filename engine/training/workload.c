@@ -4,18 +4,23 @@
 #include <inttypes.h>
 #include <string.h>
 
-static int check_spec(const struct trainer_options *options, struct error *error)
+enum { DEVICE_RESERVE = 512 << 20 };
+
+/* What a plan may take: a GPU's ops keep areas of their own, which no plan counts. At least 1, which is a limit. */
+static int64_t available_bytes(const struct kernel_device_info *info)
+{
+    int64_t bytes = info->is_host ? info->free_bytes : info->free_bytes - DEVICE_RESERVE;
+    return bytes > 0 ? bytes : 1;
+}
+
+static int check_spec(const struct trainer_options *options, const struct kernel_device_info *info,
+                      struct error *error)
 {
     const struct training_spec *spec = &options->spec;
-    struct kernel_device_info info;
-    if (model_ops(options->model)->device_query(model_device(options->model), &info))
-        return error_set(error, ERROR_DEVICE, "cannot query the device");
-    if (spec->precision != PRECISION_FP32)
-        return error_set_param(
-            error, ERROR_UNSUPPORTED, "precision",
-            info.is_host ? "precision %s needs a GPU: the CPU computes in fp32 and nothing else"
-                         : "precision %s: training on this device computes in fp32 and nothing else",
-            training_precision_name(spec->precision));
+    if (info->is_host && spec->precision != PRECISION_FP32)
+        return error_set_param(error, ERROR_UNSUPPORTED, "precision",
+                               "precision %s needs a GPU: the CPU computes in fp32 and nothing else",
+                               training_precision_name(spec->precision));
     if (!options->validation_file && spec->load_best_at_end)
         return error_set_param(error, ERROR_INVALID, "load_best_at_end",
                                "load_best_at_end needs a validation_file: the best is that of the lowest "
@@ -111,7 +116,10 @@ int workload_open(const struct trainer_options *options, struct workload *ret_wo
 {
     const struct training_spec *spec = &options->spec;
     struct workload workload = {0};
-    int code = check_spec(options, error);
+    struct kernel_device_info info;
+    if (model_ops(options->model)->device_query(model_device(options->model), &info))
+        return error_set(error, ERROR_DEVICE, "cannot query the device");
+    int code = check_spec(options, &info, error);
     if (!code)
         code =
             load_data(options, options->training_file, "training_file", &workload.training, ret_bad, error);
@@ -125,9 +133,16 @@ int workload_open(const struct trainer_options *options, struct workload *ret_wo
     if (!code)
         code = count_steps(options, workload.training, &workload.total_steps, error);
     if (!code) {
-        const struct plan_request request = {spec->adaptation, spec->lora, workload.max_tokens,
-                                             workload.max_seqs};
-        code = model_plan(options->model, &request, &workload.plan, error);
+        workload.request = (struct plan_request){
+            .adaptation = spec->adaptation,
+            .lora = spec->lora,
+            .max_tokens = workload.max_tokens,
+            .max_seqs = workload.max_seqs,
+            .act = training_activation_type(spec->precision),
+            .tf32 = spec->precision == PRECISION_TF32,
+            .byte_limit = available_bytes(&info),
+        };
+        code = model_plan(options->model, &workload.request, &workload.plan, error);
     }
     if (code)
         workload_close(&workload);

@@ -12,6 +12,7 @@ struct workload {
     int64_t max_tokens;         /* of any micro-batch of either */
     int32_t max_seqs;
     int64_t total_steps;
+    struct plan_request request; /* of the pass; its byte_limit is what was free */
     struct memory_plan plan;
 };
 

@@ -198,13 +198,15 @@ struct matrix {
 
 /* Row-major C[m,n] = alpha op(A) op(B) + beta C, A and B of one type, C of another. See gemm.cu. */
 int product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struct matrix a, struct matrix b,
-            enum kernel_type type, float alpha, void *c, enum kernel_type c_type, float beta)
+            enum kernel_type type, bool tf32, float alpha, void *c, enum kernel_type c_type, float beta)
 {
     return cuda_check_blas(
-        device, device->cublas->gemm_ex(device->blas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, &alpha, b.p,
-                                        blas_type(type), b.stride, a.p, blas_type(type), a.stride, &beta, c,
-                                        blas_type(c_type), n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        device, device->cublas->gemm_ex(
+                    device->blas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                    a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, &alpha, b.p, blas_type(type), b.stride,
+                    a.p, blas_type(type), a.stride, &beta, c, blas_type(c_type), n,
+                    tf32 && type == TYPE_F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
+                    CUBLAS_GEMM_DEFAULT));
 }
 
 /* The workspace: scores of all rows, then the logits of a chunk. */
@@ -237,8 +239,8 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const voi
     int64_t size = (int64_t)kernel_type_size(h->act), d = h->d_model, vocab = h->vocab;
     const void *hidden = (const char *)h->hidden + first * d * size;
     float *logits = (float *)((char *)h->workspace + scores_bytes(h->rows));
-    int status = product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, 1.0f, logits,
-                         TYPE_F32, 0.0f);
+    int status = product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, h->tf32, 1.0f,
+                         logits, TYPE_F32, 0.0f);
     if (status != KERNEL_OK)
         return status;
     CUDA_WITH_TYPE(h->act, T, launch_rows<T>(device, h, logits, first, rows));
@@ -247,10 +249,10 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const voi
     int64_t grad_stride = vocab * (int64_t)sizeof(float) / size; /* the gradients keep the logits' rows */
     if (h->d_hidden != NULL && status == KERNEL_OK)
         status = product(device, rows, d, vocab, {logits, grad_stride, false}, {weight, d, false}, h->act,
-                         scale, (char *)h->d_hidden + first * d * size, h->act, 0.0f);
+                         h->tf32, scale, (char *)h->d_hidden + first * d * size, h->act, 0.0f);
     if (h->d_weight != NULL && status == KERNEL_OK)
         status = product(device, vocab, d, rows, {logits, grad_stride, true}, {hidden, d, false}, h->act,
-                         scale, h->d_weight, TYPE_F32, 1.0f);
+                         h->tf32, scale, h->d_weight, TYPE_F32, 1.0f);
     return status;
 }
 

@@ -63,24 +63,24 @@ static int training_open(struct bench_steps *steps, const struct bench_case *wan
 {
     struct training *training = calloc(1, sizeof *training);
     struct model *model = bed->model;
-    const struct plan_request request = {wanted->adaptation, wanted->lora, wanted->batch * wanted->length,
-                                         wanted->batch};
+    const struct plan_request request = {.adaptation = wanted->adaptation,
+                                         .lora = wanted->lora,
+                                         .max_tokens = wanted->batch * wanted->length,
+                                         .max_seqs = wanted->batch,
+                                         .act = training_activation_type(wanted->precision),
+                                         .tf32 = wanted->precision == PRECISION_TF32};
     struct memory_plan plan;
     steps->state = training;
     if (!training)
         return error_set(error, ERROR_NO_MEMORY, "no memory for a training run");
     training->bed = bed;
-    if (wanted->precision != PRECISION_FP32)
-        return error_set(error, ERROR_UNSUPPORTED, "precision %s",
-                         training_precision_name(wanted->precision));
     int code = model_plan(model, &request, &plan, error);
     if (!code)
         code = make_batch(wanted, model_config(model)->vocab_size, &training->batch, error);
     if (!code)
         code = adapter_create(model, wanted->adaptation, &wanted->lora, 1, &training->adapter, error);
     if (!code)
-        code = pass_create(model, training->adapter, request.max_tokens, request.max_seqs, &training->pass,
-                           error);
+        code = pass_create(model, training->adapter, &request, &training->pass, error);
     if (code)
         return code;
     training->planned_bytes = model_weight_bytes(model) + plan.total_bytes;
@@ -100,7 +100,9 @@ static int training_step(struct bench_steps *steps, struct error *error)
     const struct pass_options options = {.backward = true, .grad_scale = 1};
     struct pass_result result;
     double sum = 0;
-    int code = pass_run(training->pass, training->batch, &options, &result, error);
+    int code = pass_run(training->pass, training->batch, &options, error);
+    if (!code)
+        code = pass_collect(training->pass, &result, error);
     if (code)
         return code;
     training->loss = result.loss_sum / (double)result.n_targets;

@@ -65,12 +65,13 @@ static void check_curve(const struct backend *backend, const char *vectors, stru
 #endif
     for (size_t step = 0; step < n_steps; step++) {
         struct batch *batch = batch_of(json_array_get(batches, step));
+        const struct plan_request request = {.max_tokens = batch->n_tokens, .max_seqs = batch->n_seqs};
         if (!pass)
-            check_ok(pass_create(adapter->model, adapter, batch->n_tokens, batch->n_seqs, &pass, &error),
-                     &error);
+            check_ok(pass_create(adapter->model, adapter, &request, &pass, &error), &error);
         struct pass_options options = {.backward = true, .grad_scale = 1.0f / (float)batch->n_targets};
         struct pass_result result;
-        check_ok(pass_run(pass, batch, &options, &result, &error), &error);
+        check_ok(pass_run(pass, batch, &options, &error), &error);
+        check_ok(pass_collect(pass, &result, &error), &error);
         double loss = result.loss_sum / (double)result.n_targets;
         double expected = json_number_value(json_array_get(losses, step));
         if (!(fabs(loss - expected) < 1e-3 * expected))

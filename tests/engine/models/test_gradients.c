@@ -19,7 +19,8 @@ static struct pass *new_pass(struct model *model, struct adapter *adapter, int64
 {
     struct error error = {0};
     struct pass *pass = NULL;
-    check_ok(pass_create(model, adapter, tokens, seqs, &pass, &error), &error);
+    const struct plan_request request = {.max_tokens = tokens, .max_seqs = seqs};
+    check_ok(pass_create(model, adapter, &request, &pass, &error), &error);
     return pass;
 }
 
@@ -28,7 +29,8 @@ static struct pass_result run(struct pass *pass, const struct batch *batch,
 {
     struct error error = {0};
     struct pass_result result = {0};
-    check_ok(pass_run(pass, batch, options, &result, &error), &error);
+    check_ok(pass_run(pass, batch, options, &error), &error);
+    check_ok(pass_collect(pass, &result, &error), &error);
     return result;
 }
 
@@ -410,20 +412,115 @@ static void test_failures(void **state)
     struct batch *batch = random_batch(64, lengths, 1, 1);
     struct pass *pass = new_pass(model, adapter, 8, 1);
     struct pass_options options = {.backward = true, .grad_scale = 1};
-    struct pass_result result = {.n_targets = -7};
+    struct pass_result result;
     batch->ids[3] = 64;
-    check_error(pass_run(pass, batch, &options, &result, &error), ERROR_INVALID, &error, "row 3");
+    check_error(pass_run(pass, batch, &options, &error), ERROR_INVALID, &error, "row 3");
     batch->ids[3] = 1;
     batch->n_tokens = 9;
-    check_error(pass_run(pass, batch, &options, &result, &error), ERROR_INVALID, &error, "9 tokens");
+    check_error(pass_run(pass, batch, &options, &error), ERROR_INVALID, &error, "9 tokens");
     batch->n_tokens = 8;
     float nan_value = NAN;
     write_device(model, adapter->parameters[2].slice.param, &nan_value, 1);
-    check_error(pass_run(pass, batch, &options, &result, &error), ERROR_DIVERGED, &error, "not finite");
-    assert_int_equal(result.n_targets, -7);
+    result = run(pass, batch, &options); /* not finite: the caller's to judge */
+    assert_false(isfinite(result.loss_sum));
     pass_free(pass);
     drop_batch(batch);
     adapter_free(adapter);
+    model_close(model);
+}
+
+/* ---- recomputation ---- */
+
+static struct pass *pass_at_level(struct model *model, struct adapter *adapter, int64_t level)
+{
+    struct error error = {0};
+    struct pass *pass = NULL;
+    const struct plan_request request = {.max_tokens = 200, .max_seqs = 4, .recompute = level};
+    check_ok(pass_create(model, adapter, &request, &pass, &error), &error);
+    return pass;
+}
+
+/* Losses and gradients of two micro-batches are the same bits at every level. */
+static void check_levels(struct model *model, struct adapter *adapter)
+{
+    static const int32_t lengths[2][3] = {{70, 1, 65}, {64, 129, 3}};
+    const struct pass_options options = {.backward = true, .grad_scale = 1, .dropout_seed = 5};
+    struct batch *batches[2];
+    struct pass_result expected[2];
+    float *gradients = NULL;
+    int64_t count, levels = model_recompute_levels(model);
+    assert_true(levels > 0);
+    for (int i = 0; i < 2; i++)
+        batches[i] = random_batch(model_config(model)->vocab_size, lengths[i], 3, (uint64_t)i);
+    for (int64_t level = 0; level <= levels; level++) {
+        struct pass *pass = pass_at_level(model, adapter, level);
+        zero_gradients(adapter);
+        for (int i = 0; i < 2; i++) {
+            struct pass_result result = run(pass, batches[i], &options);
+            if (!level)
+                expected[i] = result;
+            assert_memory_equal(&result, &expected[i], sizeof result);
+        }
+        float *values = all_gradients(adapter, &count);
+        if (!level)
+            gradients = values;
+        assert_memory_equal(values, gradients, (size_t)count * sizeof *values);
+        if (level)
+            free(values);
+        pass_free(pass);
+    }
+    free(gradients);
+    drop_batch(batches[0]);
+    drop_batch(batches[1]);
+}
+
+static void test_recompute(void **state)
+{
+    struct backend *backend = *state;
+    struct error error = {0};
+    const struct lora_config all = {.targets = TARGETS_ALL, .rank = 3, .alpha = 6, .dropout = 0.1f};
+    const struct lora_config one = {.targets = TARGET_X_PROJ, .rank = 2, .alpha = 2};
+    char *folder = make_random_model(biased_config, 8, TYPE_F32);
+    struct model *model = NULL;
+    check_ok(model_open(folder, backend->ops, backend->device, &model, &error), &error);
+    struct adapter *adapters[] = {random_adapter(model, &all, 4), random_adapter(model, &one, 4),
+                                  new_adapter(model, ADAPT_FULL, NULL)};
+    for (size_t i = 0; i < sizeof adapters / sizeof *adapters; i++) {
+        check_levels(model, adapters[i]);
+        adapter_free(adapters[i]);
+    }
+    model_close(model);
+    remove_folder(folder);
+}
+
+/* A limit takes as much recomputation as it needs and no more; a limit out of reach takes all there is. */
+static void test_limit(void **state)
+{
+    struct error error = {0};
+    struct model *model = open_model(*state, "models/hatchling");
+    struct plan_request request = {ADAPT_LORA, {.targets = TARGETS_ALL, .rank = 8, .alpha = 8}, 512, 8};
+    struct memory_plan plan, limited;
+    int64_t levels = model_recompute_levels(model), last = INT64_MAX;
+    for (int64_t level = 0; level <= levels; level++) {
+        request.recompute = level;
+        check_ok(model_plan(model, &request, &plan, &error), &error);
+        assert_int_equal(plan.recompute, level);
+        assert_true(plan.total_bytes < last);
+        last = plan.total_bytes;
+        struct plan_request with_limit = request;
+        with_limit.recompute = 0;
+        with_limit.byte_limit = plan.total_bytes;
+        check_ok(model_plan(model, &with_limit, &limited, &error), &error);
+        assert_memory_equal(&limited, &plan, sizeof plan);
+        with_limit.byte_limit--;
+        check_ok(model_plan(model, &with_limit, &limited, &error), &error);
+        assert_int_equal(limited.recompute, level < levels ? level + 1 : levels);
+    }
+    request.recompute = levels + 1;
+    check_ok(model_plan(model, &request, &plan, &error), &error);
+    assert_int_equal(plan.recompute, levels);
+    request.recompute = -1;
+    check_error(model_plan(model, &request, &plan, &error), ERROR_INVALID, &error, "recompute");
     model_close(model);
 }
 
@@ -507,6 +604,7 @@ int main(void)
         cmocka_unit_test(test_lora_subsets), cmocka_unit_test(test_packing),
         cmocka_unit_test(test_dropout),      cmocka_unit_test(test_yield_and_empty),
         cmocka_unit_test(test_failures),     cmocka_unit_test(test_plan),
+        cmocka_unit_test(test_recompute),    cmocka_unit_test(test_limit),
     };
     return run_on_both(tests);
 }

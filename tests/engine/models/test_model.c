@@ -257,7 +257,8 @@ static int use_memory(const struct kernel_ops *ops, struct kernel_device *device
     if (!code)
         code = adapter_load(model, folder, false, &full, error); /* a model folder is a full fine-tune */
     if (!code)
-        code = pass_create(model, adapter, 10, 2, &pass, error);
+        code = pass_create(model, adapter, &(struct plan_request){.max_tokens = 10, .max_seqs = 2}, &pass,
+                           error);
     if (!code)
         code = runner_create(model, 10, 2, &runner, error);
     if (!code)

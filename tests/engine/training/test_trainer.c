@@ -325,7 +325,10 @@ static void test_divergence(void **unused)
         assert_int_equal(trainer_advance(trainer, &error), TRAINER_MORE);
     float *weight = model_weight(tiny.model, model_weight_count(tiny.model) - 1)->data, kept = *weight;
     *weight = INFINITY;
-    assert_int_equal(trainer_advance(trainer, &error), ERROR_DIVERGED);
+    int code;
+    while ((code = trainer_advance(trainer, &error)) == TRAINER_MORE)
+        ; /* losses are looked at once a step */
+    assert_int_equal(code, ERROR_DIVERGED);
     assert_non_null(strstr(error.message, "step 3"));
     *weight = kept;
     assert_int_equal(trainer_advance(trainer, &error), ERROR_DIVERGED);
