@@ -31,6 +31,25 @@ int open_cpu(void **state)
     return open_backend(kernels_cpu(), state);
 }
 
+int open_cuda(void **state)
+{
+    return open_backend(kernels_cuda(), state);
+}
+
+bool cuda_wanted(void)
+{
+    const char *asked = getenv("ADDERD_TEST_CUDA");
+    struct kernel_device *device;
+    if (!asked || strcmp(asked, "1"))
+        return false;
+    if (!kernels_cuda() || kernels_cuda()->device_open(0, 0, &device)) {
+        printf("skipped: no GPU, or a build without CUDA\n");
+        exit(77);
+    }
+    kernels_cuda()->device_close(device);
+    return true;
+}
+
 int close_backend(void **state)
 {
     struct backend *backend = *state;
@@ -311,4 +330,38 @@ float *all_logits(struct model *model, const struct adapter *adapter, const int3
     runner_free(runner);
     free(rows);
     return result;
+}
+
+/* ---- the official training curves ---- */
+
+struct batch *curve_batch(const json_t *rows)
+{
+    size_t n_rows = json_array_size(rows), length = json_array_size(json_array_get(rows, 0));
+    struct batch *batch = new_batch((int64_t)(n_rows * length), (int32_t)n_rows);
+    int32_t ids[256];
+    assert_true(length <= 256);
+    for (size_t r = 0; r < n_rows; r++) {
+        for (size_t t = 0; t < length; t++)
+            ids[t] = (int32_t)json_integer_value(json_array_get(json_array_get(rows, r), t));
+        batch_add(batch, ids, NULL, (int32_t)length);
+    }
+    return batch;
+}
+
+struct adapter *adapter_of_curve(struct model *model)
+{
+    struct error error = {0};
+    const struct lora_config lora = {
+        .targets = TARGET_IN_PROJ | TARGET_X_PROJ | TARGET_DT_PROJ | TARGET_OUT_PROJ, .rank = 8, .alpha = 16};
+    struct safetensors *init = open_vector("tests/vectors/hatchling_train_lora_init.safetensors");
+    struct adapter *adapter = NULL;
+    check_ok(adapter_create(model, ADAPT_LORA, &lora, 0, &adapter, &error), &error);
+    assert_int_equal(safetensors_count(init), adapter->n_parameters);
+    for (int64_t i = 0; i < adapter->n_parameters; i++) {
+        float *values = copy_floats(init, adapter->parameters[i].name, NULL);
+        write_device(model, adapter->parameters[i].slice.param, values, adapter->parameters[i].slice.count);
+        free(values);
+    }
+    safetensors_close(init);
+    return adapter;
 }

@@ -22,11 +22,19 @@ struct backend {
 /* Group set-up and tear-down; the group's tests find the backend in *state. */
 int open_reference(void **state);
 int open_cpu(void **state);
+int open_cuda(void **state);
 int close_backend(void **state);
+/* ADDERD_TEST_CUDA=1 asks for the tests on the first GPU instead; where there is none the program ends here, as
+ * skipped. */
+bool cuda_wanted(void);
+/* Run a group on the fast backend. */
+#define run_on_fast(tests)                                                                                   \
+    (cuda_wanted() ? cmocka_run_group_tests_name("cuda", tests, open_cuda, close_backend)                    \
+                   : cmocka_run_group_tests_name("cpu", tests, open_cpu, close_backend))
 /* Run a group on the plain reference and on the fast backend. */
 #define run_on_both(tests)                                                                                   \
-    (cmocka_run_group_tests_name("reference", tests, open_reference, close_backend) +                        \
-     cmocka_run_group_tests_name("cpu", tests, open_cpu, close_backend))
+    ((cuda_wanted() ? 0 : cmocka_run_group_tests_name("reference", tests, open_reference, close_backend)) +  \
+     run_on_fast(tests))
 
 /* A path below the source tree; valid until the third call after. */
 const char *source_path(const char *relative);
@@ -59,6 +67,11 @@ uint32_t draw(uint64_t *seed, uint32_t limit);
 struct batch *new_batch(int64_t capacity, int32_t max_seqs);
 void batch_add(struct batch *batch, const int32_t *ids, const int32_t *labels, int32_t n);
 void drop_batch(struct batch *batch);
+
+/* One of the official training curves' batches: rows of equal length, every next token predicted. */
+struct batch *curve_batch(const json_t *rows);
+/* A new adapter on hatchling with the first values of the LoRA curve. */
+struct adapter *adapter_of_curve(struct model *model);
 
 /* A random model in a folder of its own. config: the file's text. Frees nothing; remove_folder() it. */
 char *make_random_model(const char *config, uint64_t seed, enum kernel_type matrix_type);

@@ -5,21 +5,6 @@
 #include <math.h>
 #include <string.h>
 
-/* The batches' documents are rows of equal length; the loss is the mean over rows x (length - 1) targets. */
-static struct batch *batch_of(const json_t *rows)
-{
-    size_t n_rows = json_array_size(rows), length = json_array_size(json_array_get(rows, 0));
-    struct batch *batch = new_batch((int64_t)(n_rows * length), (int32_t)n_rows);
-    int32_t ids[256];
-    assert_true(length <= 256);
-    for (size_t r = 0; r < n_rows; r++) {
-        for (size_t t = 0; t < length; t++)
-            ids[t] = (int32_t)json_integer_value(json_array_get(json_array_get(rows, r), t));
-        batch_add(batch, ids, NULL, (int32_t)length);
-    }
-    return batch;
-}
-
 static double number(const json_t *json, const char *key)
 {
     return json_number_value(json_object_get(json, key));
@@ -64,7 +49,7 @@ static void check_curve(const struct backend *backend, const char *vectors, stru
     n_steps = 4; /* instrumented, a step takes seconds; what they look for is in every one of them */
 #endif
     for (size_t step = 0; step < n_steps; step++) {
-        struct batch *batch = batch_of(json_array_get(batches, step));
+        struct batch *batch = curve_batch(json_array_get(batches, step));
         const struct plan_request request = {.max_tokens = batch->n_tokens, .max_seqs = batch->n_seqs};
         if (!pass)
             check_ok(pass_create(adapter->model, adapter, &request, &pass, &error), &error);
@@ -89,22 +74,10 @@ static void check_curve(const struct backend *backend, const char *vectors, stru
 
 static void test_lora_curve(void **state)
 {
-    struct error error = {0};
-    const struct lora_config lora = {
-        .targets = TARGET_IN_PROJ | TARGET_X_PROJ | TARGET_DT_PROJ | TARGET_OUT_PROJ, .rank = 8, .alpha = 16};
     struct model *model = open_model(*state, "models/hatchling");
-    struct safetensors *init = open_vector("tests/vectors/hatchling_train_lora_init.safetensors");
-    struct adapter *adapter = NULL;
-    check_ok(adapter_create(model, ADAPT_LORA, &lora, 0, &adapter, &error), &error);
-    assert_int_equal(safetensors_count(init), adapter->n_parameters);
-    for (int64_t i = 0; i < adapter->n_parameters; i++) {
-        float *values = copy_floats(init, adapter->parameters[i].name, NULL);
-        write_device(model, adapter->parameters[i].slice.param, values, adapter->parameters[i].slice.count);
-        free(values);
-    }
+    struct adapter *adapter = adapter_of_curve(model);
     check_curve(*state, "tests/vectors/hatchling_train_lora.json", adapter);
     adapter_free(adapter);
-    safetensors_close(init);
     model_close(model);
 }
 
@@ -122,5 +95,5 @@ static void test_full_curve(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_lora_curve), cmocka_unit_test(test_full_curve)};
-    return cmocka_run_group_tests_name("cpu", tests, open_cpu, close_backend);
+    return run_on_fast(tests);
 }
