@@ -30,13 +30,15 @@ struct bench_options {
  *   default, sll, all, projections, or in_proj,x_proj,...   LoRA's targets; projections = all four
  *   r8              LoRA's rank, alpha twice that
  *   fp32, tf32, bf16, fp16
+ *   recompute9      training: at least that level of recomputation
+ *   within7.5       training: recompute what it takes to stay within so many GiB, weights included
  *   decode          decoding instead of training
  *   prompt64        decoding: tokens of each prompt */
 struct bench_case {
     char model[64], text[160];
     bool decode, adapted;
     int32_t batch;
-    int64_t length, prompt;
+    int64_t length, prompt, recompute, most_bytes;
     enum precision precision;
     enum adaptation adaptation;
     struct lora_config lora;
@@ -50,6 +52,7 @@ struct bench_bed {
     struct kernel_device *device;
     struct model *model;
     double load_seconds;
+    int64_t bytes; /* allocated once the model is there */
 };
 /* ops: the device's table, or a wrapper of it. */
 int bench_bed_open(const struct bench_options *options, const struct bench_case *wanted,

@@ -59,6 +59,12 @@ static bool read_word(const char *word, struct bench_case *wanted)
         wanted->adaptation = *word == 'f' ? ADAPT_FULL : ADAPT_LORA;
         return true;
     }
+    if (!strncmp(word, "within", 6)) {
+        wanted->most_bytes = (int64_t)(strtod(word + 6, &end) * 0x1p30);
+        return !*end && wanted->most_bytes > 0;
+    }
+    if (read_number(word, "recompute", &wanted->recompute))
+        return true;
     if (!strcmp(word, "decode"))
         return wanted->decode = true;
     if (read_number(word, "prompt", &wanted->prompt))
@@ -111,12 +117,16 @@ int bench_bed_open(const struct bench_options *options, const struct bench_case 
     if (status)
         return error_set(error, ERROR_DEVICE, "cannot open the device: %s", kernel_status_text(status));
     double began = bench_now();
+    struct kernel_device_info info;
     int code = model_open(bed.folder, ops, bed.device, &bed.model, error);
+    bed.load_seconds = bench_now() - began;
+    if (!code && ops->device_query(bed.device, &info))
+        code = error_set(error, ERROR_DEVICE, "cannot query the device");
     if (code) {
         bench_bed_close(&bed);
         return code;
     }
-    bed.load_seconds = bench_now() - began;
+    bed.bytes = info.allocated_bytes;
     *ret_bed = bed;
     return 0;
 }

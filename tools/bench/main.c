@@ -104,7 +104,7 @@ static void usage(FILE *file)
             "  --threads N      threads of the CPU's kernels (0: all processors)\n"
             "  --models-dir DIR where the models are (models)\n"
             "  --case CASE      for ops, train and decode instead of their own; several are taken:\n"
-            "                   'MODEL BxL [lora|full] [TARGETS] [rN] [fp32|tf32|bf16|fp16]'\n"
+            "                   'MODEL BxL [lora|full] [TARGETS] [rN] [fp32|tf32|bf16|fp16] [withinG] [recomputeN]'\n"
             "                   'MODEL BxL decode [lora] [promptN]'\n"
             "  --adderd PATH    the program that `serve` starts (build/adderd)\n"
             "  --json FILE      write every figure there as well\n\n"

@@ -8,6 +8,7 @@
 #include "tools/bench/bench.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,7 @@ struct training {
     struct pass *pass;
     struct batch *batch;
     struct param_slice *slices;
-    int64_t planned_bytes, step;
+    int64_t planned_bytes, recompute, step;
     double loss; /* of the last step, a target */
 };
 
@@ -68,7 +69,10 @@ static int training_open(struct bench_steps *steps, const struct bench_case *wan
                                          .max_tokens = wanted->batch * wanted->length,
                                          .max_seqs = wanted->batch,
                                          .act = training_activation_type(wanted->precision),
-                                         .tf32 = wanted->precision == PRECISION_TF32};
+                                         .tf32 = wanted->precision == PRECISION_TF32,
+                                         .recompute = wanted->recompute,
+                                         .byte_limit =
+                                             wanted->most_bytes ? wanted->most_bytes - bed->bytes : 0};
     struct memory_plan plan;
     steps->state = training;
     if (!training)
@@ -83,7 +87,8 @@ static int training_open(struct bench_steps *steps, const struct bench_case *wan
         code = pass_create(model, training->adapter, &request, &training->pass, error);
     if (code)
         return code;
-    training->planned_bytes = model_weight_bytes(model) + plan.total_bytes;
+    training->planned_bytes = bed->bytes + plan.total_bytes;
+    training->recompute = plan.recompute;
     training->slices = calloc((size_t)training->adapter->n_parameters, sizeof *training->slices);
     if (!training->slices)
         return error_set(error, ERROR_NO_MEMORY, "no memory for a training run");
@@ -106,7 +111,7 @@ static int training_step(struct bench_steps *steps, struct error *error)
     if (code)
         return code;
     training->loss = result.loss_sum / (double)result.n_targets;
-    const struct grad_norm_args norm = {training->slices, (int32_t)training->adapter->n_parameters, &sum};
+    struct grad_norm_args norm = {training->slices, (int32_t)training->adapter->n_parameters, &sum};
     const struct adamw_args adamw = {.slices = training->slices,
                                      .n_slices = (int32_t)training->adapter->n_parameters,
                                      .lr = 1e-4f,
@@ -116,7 +121,7 @@ static int training_step(struct bench_steps *steps, struct error *error)
                                      .step = ++training->step,
                                      .grad_scale = 1 / (float)result.n_targets};
     int status = ops->grad_norm(device, &norm);
-    if (!status)
+    if (!status && isfinite(sum)) /* fp16 may overflow: such a step changes nothing, in a job neither */
         status = ops->adamw(device, &adamw);
     if (!status)
         status = ops->synchronize(device);
@@ -138,15 +143,16 @@ static int report_case(struct bench_report *report, const struct bench_case *wan
     double flop =
         (wanted->adaptation == ADAPT_FULL ? 6 : 4) * (double)model_parameter_count(bed->model) * tokens;
     double share = flop / step / report->machine.matrix[wanted->precision];
-    printf("  %-44s %9.2f %10.0f %9.3f %9.3f %9.1f %7.1f%% %8.3f %6.1f\n", wanted->text, 1e3 * step,
-           tokens / step, peak / 0x1p30, (double)training->planned_bytes / 0x1p30, peak / tokens / 1e3,
-           100 * share, training->loss, bed->load_seconds);
+    printf("  %-44s %9.2f %10.0f %9.3f %9.3f %9.1f %7.1f%% %9" PRId64 " %8.3f %6.1f\n", wanted->text,
+           1e3 * step, tokens / step, peak / 0x1p30, (double)training->planned_bytes / 0x1p30,
+           peak / tokens / 1e3, 100 * share, training->recompute, training->loss, bed->load_seconds);
     fflush(stdout);
     bench_keep(report,
-               json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "case", wanted->text,
+               json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:f, s:f}", "case", wanted->text,
                          "step_seconds", step, "tokens_per_second", tokens / step, "peak_bytes", peak,
                          "planned_bytes", (double)training->planned_bytes, "bytes_per_token", peak / tokens,
-                         "ceiling_share", share, "loss", training->loss, "load_seconds", bed->load_seconds));
+                         "ceiling_share", share, "recompute", (json_int_t)training->recompute, "loss",
+                         training->loss, "load_seconds", bed->load_seconds));
     return 0;
 }
 
@@ -181,8 +187,8 @@ static int run_cases(const struct bench_options *options, struct bench_report *r
 {
     int failed = 0;
     bench_title(report, title);
-    printf("  %-44s %9s %10s %9s %9s %9s %8s %8s %6s\n", "", "ms a step", "tokens/s", "peak GiB", "planned",
-           "kB/token", "ceiling", "loss", "load s");
+    printf("  %-44s %9s %10s %9s %9s %9s %8s %9s %8s %6s\n", "", "ms a step", "tokens/s", "peak GiB",
+           "planned", "kB/token", "ceiling", "recompute", "loss", "load s");
     for (int i = 0; i < n_cases; i++) {
         struct error error = {0};
         if (run_case(options, report, cases[i], &error)) {
