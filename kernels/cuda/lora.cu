@@ -7,9 +7,9 @@
  * `wide` is the matrix of activations [rows,columns] (x, dy, y or dx), `low` the one of [rows,rank]. The weights are
  * [rank,columns] (A) or, BY_COLUMN, [columns,rank] (B). The dropout mask is a function of (seed, counter): it is drawn
  * again wherever it is needed and never stored. */
+#include "kernels/cuda/low_rank.cuh"
 #include "kernels/cuda/vector.cuh"
 
-#include "kernels/linear.h"
 #include "kernels/philox.h"
 
 namespace
@@ -309,127 +309,40 @@ template <typename T> int backward(struct kernel_device *device, const struct lo
     return status;
 }
 
-template <typename T> int linear_low_rank(struct kernel_device *device, const struct linear_backward_args *b)
-{
-    const struct linear_layer *l = &b->layer;
-    const struct dropout none = dropout_of(0.0f, 0, 0), d = dropout_of(l->dropout, l->seed, l->offset);
-    struct wide x = wide_of(b->x, b->x_stride, b->rows, l->in, b->act);
-    struct wide dy = wide_of(b->dy, b->dy_stride, b->rows, l->out, b->act);
-    float *du = (float *)b->workspace;
-    project<T, true>(device->stream, dy, l->b, l->rank, none, l->scale, du);
-    int status = KERNEL_OK;
-    if (b->db != NULL)
-        status = outer<T, true>(device, dy, (const T *)b->u, l->rank, none, l->scale, b->db);
-    if (status == KERNEL_OK && b->da != NULL && l->in > 0)
-        status = outer<T, false>(device, x, du, l->rank, d, 1.0f, b->da);
-    if (status == KERNEL_OK && b->dx != NULL && l->in > 0)
-        expand<T, false>(device->stream, wide_of(b->dx, b->dx_stride, b->rows, l->in, b->act), l->a, l->rank,
-                         d, 1.0f, du);
-    return status;
-}
-
-template <typename T>
-__global__ void bias_kernel(T *y, int64_t stride, int64_t rows, int64_t columns, const float *bias)
-{
-    int64_t c = (int64_t)blockIdx.x * BLOCK_THREADS + threadIdx.x;
-    for (int64_t row = blockIdx.y; row < rows && c < columns; row += gridDim.y)
-        y[row * stride + c] = from_float<T>(bias[c]);
-}
-
-/* part[c] of rows blockIdx.y * part_rows and on. */
-template <typename T>
-__global__ void dbias_kernel(const T *dy, int64_t stride, int64_t rows, int64_t columns, int64_t part_rows,
-                             float *parts)
-{
-    int64_t c = (int64_t)blockIdx.x * BLOCK_THREADS + threadIdx.x;
-    int64_t row = blockIdx.y * part_rows, end = min(row + part_rows, rows);
-    float sum = 0.0f;
-    if (c >= columns)
-        return;
-    for (; row < end; row++)
-        sum += to_float(dy[row * stride + c]);
-    parts[blockIdx.y * columns + c] = sum;
-}
-
-template <typename T> int add_dbias(struct kernel_device *device, const struct linear_backward_args *b)
-{
-    int64_t part_rows = divide_up(b->rows, OUTER_PARTS_MOST), n_parts = divide_up(b->rows, part_rows);
-    void *parts;
-    int status =
-        cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(n_parts * b->layer.out) * sizeof(float), &parts);
-    if (status != KERNEL_OK)
-        return status;
-    dim3 grid((unsigned)divide_up(b->layer.out, BLOCK_THREADS), (unsigned)n_parts);
-    dbias_kernel<<<grid, BLOCK_THREADS, 0, device->stream>>>((const T *)b->dy, b->dy_stride, b->rows,
-                                                             b->layer.out, part_rows, (float *)parts);
-    return cuda_add_parts(device, (float *)parts, n_parts, b->layer.out, b->layer.out, b->dbias);
-}
-
 } // namespace
 
-int64_t cuda_linear_workspace(int64_t rows, int64_t in, int64_t out, int64_t rank)
-{
-    (void)in;
-    (void)out;
-    return rows * rank * (int64_t)sizeof(float);
-}
-
-int cuda_linear_forward(struct kernel_device *device, const struct linear_forward_args *f)
+int cuda_low_rank_project(struct kernel_device *device, const struct linear_forward_args *f)
 {
     const struct linear_layer *l = &f->layer;
-    int status = cuda_enter(device);
-    if (status != KERNEL_OK)
-        return status;
-    if (!linear_forward_valid(f))
-        return KERNEL_INVALID;
-    if (!cuda_is_float(f->act) || !cuda_is_float(l->weight_type))
-        return KERNEL_UNSUPPORTED;
-    if (f->rows == 0 || l->out == 0)
-        return KERNEL_OK;
-    if (l->bias != NULL) {
-        dim3 grid((unsigned)divide_up(l->out, BLOCK_THREADS), (unsigned)(f->rows < 1024 ? f->rows : 1024));
-        CUDA_WITH_TYPE(f->act, T,
-                       bias_kernel<<<grid, BLOCK_THREADS, 0, device->stream>>>((T *)f->y, f->y_stride,
-                                                                               f->rows, l->out, l->bias));
-    }
-    struct gemm_args product = linear_forward_product(f, l->bias != NULL ? 1.0f : 0.0f);
-    status = cuda_gemm(device, &product);
-    if (status != KERNEL_OK || l->rank == 0)
-        return status;
-    struct wide x = wide_of(f->x, f->x_stride, f->rows, l->in, f->act),
-                y = wide_of(f->y, f->y_stride, f->rows, l->out, f->act);
-    CUDA_WITH_TYPE(f->act, T, {
-        project<T, false>(device->stream, x, l->a, l->rank, dropout_of(l->dropout, l->seed, l->offset), 1.0f,
-                          (T *)f->u);
-        expand<T, true>(device->stream, y, l->b, l->rank, dropout_of(0.0f, 0, 0), l->scale, (const T *)f->u);
-    });
+    struct wide x = wide_of(f->x, f->x_stride, f->rows, l->in, f->act);
+    CUDA_WITH_TYPE(f->act, T,
+                   project<T, false>(device->stream, x, l->a, l->rank,
+                                     dropout_of(l->dropout, l->seed, l->offset), 1.0f, (T *)f->u));
     return cuda_launched(device);
 }
 
-int cuda_linear_backward(struct kernel_device *device, const struct linear_backward_args *b)
+int cuda_low_rank_expand(struct kernel_device *device, const struct linear_backward_args *b, const void *du)
 {
-    int status = cuda_enter(device);
-    if (status != KERNEL_OK)
-        return status;
-    if (!linear_backward_valid(b))
-        return KERNEL_INVALID;
-    if (!cuda_is_float(b->act) || !cuda_is_float(b->layer.weight_type))
-        return KERNEL_UNSUPPORTED;
-    if (b->rows == 0)
+    const struct linear_layer *l = &b->layer;
+    struct wide dx = wide_of(b->dx, b->dx_stride, b->rows, l->in, b->act);
+    if (l->in == 0)
         return KERNEL_OK;
-    if (b->dweight != NULL) {
-        struct gemm_args product = linear_dweight_product(b);
-        status = cuda_gemm(device, &product);
-    }
-    if (status == KERNEL_OK && b->dbias != NULL && b->layer.out > 0)
-        CUDA_WITH_TYPE(b->act, T, status = add_dbias<T>(device, b));
-    if (status == KERNEL_OK && b->dx != NULL) {
-        struct gemm_args product = linear_dx_product(b, b->accumulate ? 1.0f : 0.0f);
-        status = cuda_gemm(device, &product);
-    }
-    if (status == KERNEL_OK && b->layer.rank > 0 && b->layer.out > 0 && (b->dx != NULL || b->da != NULL))
-        CUDA_WITH_TYPE(b->act, T, status = linear_low_rank<T>(device, b));
-    return status == KERNEL_OK ? cuda_launched(device) : status;
+    CUDA_WITH_TYPE(b->act, T,
+                   expand<T, false>(device->stream, dx, l->a, l->rank,
+                                    dropout_of(l->dropout, l->seed, l->offset), 1.0f, (const T *)du));
+    return cuda_launched(device);
+}
+
+int cuda_low_rank_outer(struct kernel_device *device, const struct linear_backward_args *b, const void *du)
+{
+    const struct linear_layer *l = &b->layer;
+    struct wide x = wide_of(b->x, b->x_stride, b->rows, l->in, b->act);
+    int status = KERNEL_OK;
+    if (l->in > 0)
+        CUDA_WITH_TYPE(b->act, T,
+                       status = outer<T, false>(device, x, (const T *)du, l->rank,
+                                                dropout_of(l->dropout, l->seed, l->offset), 1.0f, b->da));
+    return status;
 }
 
 int cuda_lora_forward(struct kernel_device *device, const struct lora_forward_args *a)
