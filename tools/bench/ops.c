@@ -168,7 +168,8 @@ static struct cost cost_linear_backward(const struct linear_backward_args *a)
     if (a->da || a->dweight)
         bytes += rows * (in + rank) * size;
     return cost_of(flop, bytes, precision_of(a->act, a->tf32),
-                   "linear_backward %" PRId64 " > %" PRId64 " r%" PRId64, l->in, l->out, l->rank);
+                   "linear_backward %" PRId64 " > %" PRId64 " r%" PRId64 "%s%s", l->in, l->out, l->rank,
+                   a->dx ? " dx" : "", a->da || a->dweight ? " dw" : "");
 }
 
 static struct cost cost_embedding_forward(const struct embedding_forward_args *a)
