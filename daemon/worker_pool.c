@@ -33,7 +33,8 @@ struct process {
     bool exited, ended; /* the process; its stream */
     int64_t exit_status;
     int exit_signal;
-    uint64_t started_ms, last_frame_ms;
+    uint64_t started_ms;
+    uint64_t watched_ms, silent_ms; /* the last look, and for how long nothing had come by then */
     struct buffer in;
     char chunk[65536];
     char reason[640]; /* why we killed it, in its own words if it had any; "" when we did not */
@@ -264,7 +265,7 @@ static void on_read(uv_stream_t *stream, ssize_t n, const uv_buf_t *bytes)
     }
     if (process->reason[0])
         return; /* already condemned: its frames no longer count */
-    process->last_frame_ms = uv_now(stream->loop);
+    process->silent_ms = 0;
     buffer_append(&process->in, bytes->base, (size_t)n);
     if (process->in.failed) {
         process_kill(process, "the daemon has no memory for its frames");
@@ -369,8 +370,16 @@ static void on_watch(uv_timer_t *timer)
 {
     struct worker *worker = timer->data;
     struct process *process = worker->process;
-    uint64_t timeout_ms = (uint64_t)worker->pool->config->heartbeat_timeout_ms;
-    if (process && uv_now(timer->loop) - process->last_frame_ms > timeout_ms) {
+    uint64_t timeout_ms = (uint64_t)worker->pool->config->heartbeat_timeout_ms,
+             period_ms = uv_timer_get_repeat(timer);
+    if (!process)
+        return;
+    /* Time in which this loop did not run either (a stopped or starved daemon) is no silence: what the worker said
+     * meanwhile has yet to be read. */
+    uint64_t now_ms = uv_now(timer->loop), elapsed_ms = now_ms - process->watched_ms;
+    process->watched_ms = now_ms;
+    process->silent_ms += elapsed_ms < 2 * period_ms ? elapsed_ms : period_ms;
+    if (process->silent_ms > timeout_ms) {
         char reason[80];
         snprintf(reason, sizeof reason, "no heartbeat for %.1f s", (double)timeout_ms / 1e3);
         process_kill(process, reason);
@@ -392,7 +401,7 @@ static void worker_start(struct worker *worker)
         goto failed;
     }
     process->worker = worker;
-    process->started_ms = process->last_frame_ms = uv_now(pool->loop);
+    process->started_ms = process->watched_ms = uv_now(pool->loop);
     uv_pipe_init(pool->loop, &process->stream, 0);
     process->stream.data = process->handle.data = process;
 
