@@ -15,21 +15,15 @@ enum { PAGE_EVENTS = 100 };
 
 /* ---- the list ---- */
 
+static json_t *encode_event(const struct http_request *request, const void *item)
+{
+    (void)request;
+    return event_encode(item);
+}
+
 static void on_events(void *arg, int code, const struct event_resource *items, size_t count, bool has_more)
 {
-    struct http_request *request = arg;
-    if (code == ERROR_NOT_FOUND) {
-        reply_refuse(request, 400, "invalid_value", "after", "after: the job has no such event.");
-        return;
-    }
-    if (code) {
-        reply_store_error(request, code, NULL, "job");
-        return;
-    }
-    json_t *data = json_array();
-    for (size_t i = 0; i < count; i++)
-        json_array_append_new(data, event_encode(&items[i]));
-    reply_json(request, 200, list_encode(data, has_more));
+    reply_list(arg, code, "the job has no such event", items, count, sizeof *items, has_more, encode_event);
 }
 
 /* ---- the stream ---- */

@@ -74,7 +74,9 @@ static void on_committed(void *arg, int code, const struct error *error)
     }
     snprintf(creation->file.sha256, sizeof creation->file.sha256, "%s",
              upload_sha256(creation->request->upload));
-    store_file_insert(creation->server->store, &creation->file, on_file_inserted, creation);
+    store_file_insert(creation->server->store, &creation->file,
+                      reply_keep(creation->request, 200, file_encode(&creation->file)), on_file_inserted,
+                      creation);
 }
 
 void handle_file_create(struct server *server, struct http_request *request)
@@ -102,21 +104,15 @@ void handle_file_create(struct server *server, struct http_request *request)
 
 /* ---- list and get ---- */
 
+static json_t *encode_file(const struct http_request *request, const void *item)
+{
+    (void)request;
+    return file_encode(item);
+}
+
 static void on_files(void *arg, int code, const struct file_resource *items, size_t count, bool has_more)
 {
-    struct http_request *request = arg;
-    if (code == ERROR_NOT_FOUND) {
-        reply_refuse(request, 400, "invalid_value", "after", "after: there is no such file.");
-        return;
-    }
-    if (code) {
-        reply_store_error(request, code, NULL, "file");
-        return;
-    }
-    json_t *data = json_array();
-    for (size_t i = 0; i < count; i++)
-        json_array_append_new(data, file_encode(&items[i]));
-    reply_json(request, 200, list_encode(data, has_more));
+    reply_list(arg, code, "there is no such file", items, count, sizeof *items, has_more, encode_file);
 }
 
 void handle_file_list(struct server *server, struct http_request *request)

@@ -11,6 +11,12 @@ static json_t *encode(const struct server *server, const struct job_resource *jo
     return job_encode(job, server->config->organization, (int64_t)time(NULL));
 }
 
+static const struct kept_answer *keep(void *arg, const struct job_resource *job)
+{
+    struct http_request *request = arg;
+    return reply_keep(request, 200, encode(request->context, job));
+}
+
 /* What the scheduler says of a job. */
 static void on_scheduled(void *arg, const struct job_resource *job, const struct problem *problem)
 {
@@ -33,7 +39,7 @@ void handle_job_create(struct server *server, struct http_request *request)
         return;
     }
     request->context = server;
-    scheduler_create_job(server->scheduler, &job, on_scheduled, request);
+    scheduler_create_job(server->scheduler, &job, keep, on_scheduled, request);
     job_request_free(&job);
     json_decref(body);
 }
@@ -86,25 +92,17 @@ void handle_job_get(struct server *server, struct http_request *request)
 
 /* ---- lists ---- */
 
+/* The live row knows more than the stored one: the queue, the last metrics. */
+static json_t *encode_listed(const struct http_request *request, const void *item)
+{
+    const struct server *server = request->context;
+    const struct job_resource *job = item, *live = scheduler_find(server->scheduler, job->id);
+    return encode(server, live ? live : job);
+}
+
 static void on_jobs(void *arg, int code, const struct job_resource *items, size_t count, bool has_more)
 {
-    struct http_request *request = arg;
-    const struct server *server = request->context;
-    if (code == ERROR_NOT_FOUND) {
-        reply_refuse(request, 400, "invalid_value", "after", "after: there is no such job.");
-        return;
-    }
-    if (code) {
-        reply_store_error(request, code, NULL, "job");
-        return;
-    }
-    json_t *data = json_array();
-    for (size_t i = 0; i < count; i++) {
-        /* The live row knows more than the stored one: the queue, the last metrics. */
-        const struct job_resource *live = scheduler_find(server->scheduler, items[i].id);
-        json_array_append_new(data, encode(server, live ? live : &items[i]));
-    }
-    reply_json(request, 200, list_encode(data, has_more));
+    reply_list(arg, code, "there is no such job", items, count, sizeof *items, has_more, encode_listed);
 }
 
 void handle_job_list(struct server *server, struct http_request *request)
@@ -120,22 +118,17 @@ void handle_job_list(struct server *server, struct http_request *request)
     json_decref(query.metadata);
 }
 
+static json_t *encode_checkpoint(const struct http_request *request, const void *item)
+{
+    (void)request;
+    return checkpoint_encode(item);
+}
+
 static void on_checkpoints(void *arg, int code, const struct checkpoint_resource *items, size_t count,
                            bool has_more)
 {
-    struct http_request *request = arg;
-    if (code == ERROR_NOT_FOUND) {
-        reply_refuse(request, 400, "invalid_value", "after", "after: the job has no such checkpoint.");
-        return;
-    }
-    if (code) {
-        reply_store_error(request, code, NULL, "job");
-        return;
-    }
-    json_t *data = json_array();
-    for (size_t i = 0; i < count; i++)
-        json_array_append_new(data, checkpoint_encode(&items[i]));
-    reply_json(request, 200, list_encode(data, has_more));
+    reply_list(arg, code, "the job has no such checkpoint", items, count, sizeof *items, has_more,
+               encode_checkpoint);
 }
 
 static void on_job_of_checkpoints(void *arg, int code, const struct job_resource *job)

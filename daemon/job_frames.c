@@ -29,12 +29,6 @@ static const char *string_or_empty(const json_t *payload, const char *key)
     return value ? value : "";
 }
 
-/* NaN and infinity are not JSON: they are told as null. */
-static json_t *number_or_null(double value)
-{
-    return isfinite(value) ? json_real(value) : json_null();
-}
-
 /* ---- validation ---- */
 
 static void on_invalid(struct live_job *live, const json_t *payload)
@@ -109,13 +103,13 @@ static void on_metrics(struct live_job *live, const json_t *payload)
            valid_accuracy = number_or_nan(payload, "valid_accuracy");
     json_t *data = json_pack(
         "{s:I,s:I,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "step", (json_int_t)job->step, "total_steps",
-        (json_int_t)job->total_steps, "train_loss", number_or_null(job->loss), "train_mean_token_accuracy",
-        number_or_null(number_or_nan(payload, "train_accuracy")), "valid_loss", number_or_null(valid_loss),
-        "valid_mean_token_accuracy", number_or_null(valid_accuracy), "full_valid_loss",
-        number_or_null(valid_loss), "full_valid_mean_token_accuracy", number_or_null(valid_accuracy),
-        "learning_rate", number_or_null(number_or_nan(payload, "learning_rate")), "grad_norm",
-        number_or_null(number_or_nan(payload, "grad_norm")), "tokens_per_second",
-        number_or_null(job->tokens_per_second));
+        (json_int_t)job->total_steps, "train_loss", frame_number(job->loss), "train_mean_token_accuracy",
+        frame_number(number_or_nan(payload, "train_accuracy")), "valid_loss", frame_number(valid_loss),
+        "valid_mean_token_accuracy", frame_number(valid_accuracy), "full_valid_loss",
+        frame_number(valid_loss), "full_valid_mean_token_accuracy", frame_number(valid_accuracy),
+        "learning_rate", frame_number(number_or_nan(payload, "learning_rate")), "grad_norm",
+        frame_number(number_or_nan(payload, "grad_norm")), "tokens_per_second",
+        frame_number(job->tokens_per_second));
     char message[160];
     int n = snprintf(message, sizeof message, "Step %lld/%lld: training loss=%.4f", (long long)job->step,
                      (long long)job->total_steps, job->loss);

@@ -12,6 +12,7 @@ struct creation {
     struct scheduler *scheduler;
     struct job_resource job;
     bool validation; /* the validation file is being looked up */
+    scheduler_keeper keep;
     scheduler_answer done;
     void *arg;
 };
@@ -73,7 +74,8 @@ static void on_file_found(void *arg, int code, const struct file_resource *file)
         store_file_get(creation->scheduler->options.store, creation->job.validation_file, on_file_found,
                        creation);
     } else {
-        store_job_insert(creation->scheduler->options.store, &creation->job, on_job_inserted, creation);
+        store_job_insert(creation->scheduler->options.store, &creation->job,
+                         creation->keep(creation->arg, &creation->job), on_job_inserted, creation);
     }
 }
 
@@ -107,7 +109,7 @@ static char *settle_precision(const struct scheduler *scheduler, const json_t *h
 }
 
 void scheduler_create_job(struct scheduler *scheduler, const struct job_request *request,
-                          scheduler_answer done, void *arg)
+                          scheduler_keeper keep, scheduler_answer done, void *arg)
 {
     struct creation *creation = calloc(1, sizeof *creation);
     struct problem problem = {0};
@@ -117,6 +119,7 @@ void scheduler_create_job(struct scheduler *scheduler, const struct job_request 
         return;
     }
     creation->scheduler = scheduler;
+    creation->keep = keep;
     creation->done = done;
     creation->arg = arg;
     struct job_resource *job = &creation->job;

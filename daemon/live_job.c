@@ -258,7 +258,7 @@ void live_job_commit(struct live_job *live)
 
 /* ---- the end ---- */
 
-static void on_finished(void *arg, int code, const struct error *error)
+static void on_finished(void *arg, int code, const struct error *error, const struct event_resource *closing)
 {
     struct live_job *live = arg;
     struct scheduler *scheduler = live->scheduler;
@@ -280,16 +280,9 @@ static void on_finished(void *arg, int code, const struct error *error)
     log_write(LOG_INFO, "job ended", "job", live->job.id, "status", job_status_name(live->job.status),
               "reason", live->job.error_message, NULL);
     answer_waiters(live);
-    switch (live->job.status) {
-    case JOB_SUCCEEDED:
-        live_job_say(live, "info", "The job has successfully completed: %s", live->job.fine_tuned_model);
-        break;
-    case JOB_CANCELLED:
-        live_job_say(live, "info", "The job was cancelled");
-        break;
-    default:
-        live_job_say(live, "error", "The job failed: %s", live->job.error_message);
-    }
+    if (closing)
+        publish(live, closing);
+    live_job_release(live);
     scheduler_run(scheduler);
 }
 
@@ -310,10 +303,17 @@ static void end_job_commit(struct live_job *live)
         snprintf(final->result_file, sizeof final->result_file, "%s", live->ending.result.id);
         final->eta_seconds = 0;
     }
+    char closing[sizeof final->error_message + 64];
+    if (succeeded)
+        snprintf(closing, sizeof closing, "The job has successfully completed: %s", final->fine_tuned_model);
+    else if (final->status == JOB_CANCELLED)
+        snprintf(closing, sizeof closing, "The job was cancelled");
+    else
+        snprintf(closing, sizeof closing, "The job failed: %s", final->error_message);
     live->changes++;
     live->writes++;
     store_job_finish(live->scheduler->options.store, final, succeeded ? &live->ending.row : NULL,
-                     live->ending.result.id[0] ? &live->ending.result : NULL, NULL, on_finished, live);
+                     live->ending.result.id[0] ? &live->ending.result : NULL, closing, on_finished, live);
 }
 
 static void on_result_file(void *arg, int code, const struct file_resource *file)

@@ -16,8 +16,10 @@ struct idempotency {
     struct http_request *request;
     reply_next next_step;
     char key[KEY_BYTES], scope[SCOPE_BYTES], hash[65];
+    bool kept; /* the store has it, with the row that the request made */
     int status;
     char *body;
+    struct kept_answer answer; /* the above as the store takes it */
 };
 
 static void idempotency_free(struct idempotency *once)
@@ -57,6 +59,35 @@ static void on_answer_kept(void *arg, int code, const struct error *error)
     answer_text(request, status, body);
 }
 
+static const struct kept_answer *answer_of(struct idempotency *once, int status, char *body)
+{
+    free(once->body);
+    once->status = status;
+    once->body = body;
+    once->answer = (struct kept_answer){
+        .scope = once->scope, .key = once->key, .body_hash = once->hash, .status = status, .body = body};
+    return &once->answer;
+}
+
+static char *encode_text(json_t *json)
+{
+    char *body = json ? json_dumps(json, JSON_COMPACT | JSON_REAL_PRECISION(12)) : NULL;
+    json_decref(json);
+    return body;
+}
+
+const struct kept_answer *reply_keep(struct http_request *request, int status, json_t *json)
+{
+    struct idempotency *once = request->idempotency;
+    char *body = once ? encode_text(json) : NULL;
+    if (!once)
+        json_decref(json);
+    if (!body)
+        return NULL;
+    once->kept = true;
+    return answer_of(once, status, body);
+}
+
 void reply_text(struct http_request *request, int status, char *body)
 {
     struct idempotency *once = request->idempotency;
@@ -65,11 +96,13 @@ void reply_text(struct http_request *request, int status, char *body)
         return;
     }
     request->on_gone = NULL;
+    if (once && once->kept) {
+        free(body);
+        on_answer_kept(once, 0, NULL);
+        return;
+    }
     if (once) {
-        once->status = status;
-        once->body = body;
-        store_answer_put(once->server->store, once->scope, once->key, once->hash, status, body,
-                         on_answer_kept, once);
+        store_answer_put(once->server->store, answer_of(once, status, body), on_answer_kept, once);
         return;
     }
     answer_text(request, status, body);
@@ -77,9 +110,7 @@ void reply_text(struct http_request *request, int status, char *body)
 
 void reply_json(struct http_request *request, int status, json_t *json)
 {
-    char *body = json ? json_dumps(json, JSON_COMPACT | JSON_REAL_PRECISION(12)) : NULL;
-    json_decref(json);
-    reply_text(request, status, body);
+    reply_text(request, status, encode_text(json));
 }
 
 void reply_problem(struct http_request *request, const struct problem *problem)
@@ -88,6 +119,7 @@ void reply_problem(struct http_request *request, const struct problem *problem)
     /* What a client may well try again must not be remembered. */
     bool again = problem->status == 409 || problem->status == 429 || problem->status >= 500;
     if (request->idempotency && !again) {
+        request->idempotency->kept = false; /* the row was not made */
         reply_text(request, problem->status, problem_encode(problem));
         return;
     }
@@ -119,6 +151,23 @@ void reply_store_error(struct http_request *request, int code, const struct erro
         problem_set(&problem, 500, "store_error", NULL, "The database failed%s%s.", error ? ": " : "",
                     error ? error->message : "");
     reply_problem(request, &problem);
+}
+
+void reply_list(struct http_request *request, int code, const char *missing, const void *items, size_t count,
+                size_t item_bytes, bool has_more, reply_encoder encode)
+{
+    if (code == ERROR_NOT_FOUND) {
+        reply_refuse(request, 400, "invalid_value", "after", "after: %s.", missing);
+        return;
+    }
+    if (code) {
+        reply_store_error(request, code, NULL, "list");
+        return;
+    }
+    json_t *data = json_array();
+    for (size_t i = 0; i < count; i++)
+        json_array_append_new(data, encode(request, (const char *)items + i * item_bytes));
+    reply_json(request, 200, list_encode(data, has_more));
 }
 
 /* ---- repeated requests ---- */

@@ -9,6 +9,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "daemon/handlers.h"
+#include "daemon/sweep.h"
 
 #include <signal.h>
 #include <sodium.h>
@@ -391,6 +392,8 @@ static int start(struct daemon *daemon, struct error *error)
         code = store_open(server->config->data_dir, &server->loop, &server->store, error);
     if (!code)
         code = make_folders(server->config, uploads, error);
+    if (!code)
+        code = sweep_orphans(server->store, server->config->data_dir, error);
     if (!code)
         code = load(daemon, error);
     if (code)

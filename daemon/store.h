@@ -41,8 +41,18 @@ void store_observe_commits(struct store *store, store_commit_observer observer, 
 /* error is NULL when code is 0. ERROR_NOT_FOUND: no such row. ERROR_IO: the disk is full, say. */
 typedef void (*store_written)(void *arg, int code, const struct error *error);
 
+/* The answer to a POST with an Idempotency-Key, kept for 24 hours. A row that such a POST makes commits together with
+ * it, so that the POST, said again after a crash, makes no second one. */
+struct kept_answer {
+    const char *scope, *key, *body_hash; /* scope: key id and path; body_hash: of the request's body */
+    int status;
+    const char *body;
+};
+
 /* ---- files ---- */
-void store_file_insert(struct store *store, const struct file_resource *file, store_written done, void *arg);
+/* answer may be NULL. */
+void store_file_insert(struct store *store, const struct file_resource *file,
+                       const struct kept_answer *answer, store_written done, void *arg);
 /* Refused with ERROR_BUSY while a job that has not ended names it. */
 void store_file_delete(struct store *store, const char *id, store_written done, void *arg);
 /* file is NULL when code is not 0; valid during the call. */
@@ -56,8 +66,9 @@ void store_file_list(struct store *store, const struct list_query *query, store_
 void store_file_expired(struct store *store, int64_t now, store_files_read done, void *arg);
 
 /* ---- jobs ---- */
-/* Its files must exist in the same transaction: ERROR_NOT_FOUND otherwise, with param. */
-void store_job_insert(struct store *store, const struct job_resource *job, store_written done, void *arg);
+/* Its files must exist in the same transaction: ERROR_NOT_FOUND otherwise, with param. answer may be NULL. */
+void store_job_insert(struct store *store, const struct job_resource *job, const struct kept_answer *answer,
+                      store_written done, void *arg);
 /* Writes the whole row, except what never changes (id, created_at). A job that has ended never changes again:
  * ERROR_INVALID. queue_position is not kept: it reads as -1. */
 void store_job_update(struct store *store, const struct job_resource *job, store_written done, void *arg);
@@ -68,9 +79,9 @@ typedef void (*store_jobs_read)(void *arg, int code, const struct job_resource *
 void store_job_list(struct store *store, const struct list_query *query, store_jobs_read done, void *arg);
 
 /* The end of a job in one transaction: its row (job->status is final), its adapter's row (when model is not
- * NULL), its result file's row (when result_file is not NULL) and a closing event (when message is not NULL;
- * level "error" for a failed job). Its resume point is forgotten. Saying the same end again changes nothing
- * and is no error; another end is ERROR_INVALID. */
+ * NULL), its result file's row (when result_file is not NULL) and its closing event (level "error" for a failed
+ * job). Its resume point is forgotten. Saying the same end again changes nothing and is no error; another end is
+ * ERROR_INVALID. */
 struct adapter_row {
     struct model_resource model;
     char path[4096];    /* folder with the adapter, or a full model */
@@ -78,8 +89,11 @@ struct adapter_row {
     int64_t step;       /* of a checkpoint; -1 for a final adapter */
     bool full;          /* a full fine-tune's model folder */
 };
+/* closing: the event as it is stored; NULL where code is not 0, or this end had been said before. */
+typedef void (*store_job_finished)(void *arg, int code, const struct error *error,
+                                   const struct event_resource *closing);
 void store_job_finish(struct store *store, const struct job_resource *job, const struct adapter_row *model,
-                      const struct file_resource *result_file, const char *message, store_written done,
+                      const struct file_resource *result_file, const char *message, store_job_finished done,
                       void *arg);
 
 /* ---- events ---- */
@@ -116,13 +130,12 @@ void store_checkpoint_delete(struct store *store, const char *job, int64_t step,
 void store_model_delete(struct store *store, const char *id, store_written done, void *arg);
 
 /* ---- idempotency ---- */
-/* The answer that a POST with this key got before, scope = key id and path. Kept for 24 hours; the first one
- * put stands. */
+/* The answer that a POST with this key got before; the first one put stands. */
 typedef void (*store_answer_read)(void *arg, int code, int status, const char *body_hash, const char *body);
 void store_answer_get(struct store *store, const char *scope, const char *key, store_answer_read done,
                       void *arg);
-void store_answer_put(struct store *store, const char *scope, const char *key, const char *body_hash,
-                      int status, const char *body, store_written done, void *arg);
+/* Of a POST that made no row. */
+void store_answer_put(struct store *store, const struct kept_answer *answer, store_written done, void *arg);
 
 /* ---- keys ---- */
 struct key_row {
@@ -155,6 +168,10 @@ int store_load_keys(struct store *store, struct key_row **ret_items, size_t *ret
 int store_key_insert(struct store *store, const struct key_row *key, struct error *error);
 /* ERROR_NOT_FOUND when no live key has this id or name. */
 int store_key_revoke(struct store *store, const char *id_or_name, int64_t now, struct error *error);
+/* The ids of all files, or of all jobs, in the order of strcmp. *ret_ids: free() it. */
+enum store_table { STORE_FILES, STORE_JOBS };
+int store_load_ids(struct store *store, enum store_table table, char (**ret_ids)[ID_BYTES], size_t *ret_count,
+                   struct error *error);
 /* Jobs that exist by status, for the metrics at start. */
 int store_count_jobs(struct store *store, int64_t ret_counts[JOB_STATUS_COUNT], struct error *error);
 

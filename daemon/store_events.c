@@ -102,32 +102,16 @@ struct event_list {
     store_events_read done;
 };
 
-/* Take in at most `limit` rows. */
-static int collect(struct event_list *list, struct query *query, int64_t limit, struct error *error)
+static int event_from_row(const struct query *query, void *item, struct error *error)
 {
-    int code;
-    while ((code = query_next(query, error)) > 0) {
-        if ((int64_t)list->rows.count == limit) {
-            list->has_more = true;
-            code = 0;
-            break;
-        }
-        struct event_resource *event = rows_add(&list->rows);
-        if (!event) {
-            code = error_set(error, ERROR_NO_MEMORY, "no memory for a list of events");
-            break;
-        }
-        event->sequence = column_int(query, 0);
-        column_text(query, 1, event->job, sizeof event->job);
-        event->created_at = column_int(query, 2);
-        column_text(query, 3, event->level, sizeof event->level);
-        column_text(query, 4, event->type, sizeof event->type);
-        if ((code = column_copy(query, 5, &event->message, error)) ||
-            (code = column_copy(query, 6, &event->data, error)))
-            break;
-    }
-    query_end(query);
-    return code;
+    struct event_resource *event = item;
+    event->sequence = column_int(query, 0);
+    column_text(query, 1, event->job, sizeof event->job);
+    event->created_at = column_int(query, 2);
+    column_text(query, 3, event->level, sizeof event->level);
+    column_text(query, 4, event->type, sizeof event->type);
+    int code = column_copy(query, 5, &event->message, error);
+    return code ? code : column_copy(query, 6, &event->data, error);
 }
 
 /* An event's id says its sequence: "ftevent-12" and no other spelling of 12. */
@@ -181,7 +165,7 @@ static int run_list(struct connection *connection, struct store_request *request
                                                      : LIST_DESCENDING(COLUMNS, "events", "job = ? AND "));
     query_text(&query, list->job);
     page_bind(&query, &list->page, start);
-    return collect(list, &query, list->page.limit, error);
+    return rows_collect(&list->rows, &query, list->page.limit, event_from_row, &list->has_more, error);
 }
 
 static int run_metrics(struct connection *connection, struct store_request *request, struct error *error)
@@ -190,7 +174,7 @@ static int run_metrics(struct connection *connection, struct store_request *requ
     struct query query = query_begin(connection, "SELECT " COLUMNS " FROM events WHERE job = ? AND type = "
                                                  "'metrics' ORDER BY step");
     query_text(&query, list->job);
-    return collect(list, &query, INT64_MAX, error);
+    return rows_collect(&list->rows, &query, INT64_MAX, event_from_row, &list->has_more, error);
 }
 
 static void deliver_list(struct store_request *request)

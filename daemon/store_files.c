@@ -3,6 +3,7 @@
 #include "daemon/store_internal.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define COLUMNS "id, bytes, created_at, expires_at, filename, purpose, status, status_details, sha256"
@@ -16,6 +17,7 @@ enum { EXPIRED_LIMIT = 1000 };
 struct file_write {
     struct store_request request;
     struct file_resource file; /* for a delete the id alone */
+    struct kept_answer *answer;
 };
 
 struct file_read {
@@ -35,8 +37,10 @@ struct file_list {
     store_files_read done;
 };
 
-static void file_from_row(const struct query *query, struct file_resource *file)
+static int file_from_row(const struct query *query, void *item, struct error *error)
 {
+    (void)error;
+    struct file_resource *file = item;
     column_text(query, 0, file->id, sizeof file->id);
     file->bytes = column_int(query, 1);
     file->created_at = column_int(query, 2);
@@ -46,6 +50,7 @@ static void file_from_row(const struct query *query, struct file_resource *file)
     column_text(query, 6, file->status, sizeof file->status);
     column_text(query, 7, file->status_details, sizeof file->status_details);
     column_text(query, 8, file->sha256, sizeof file->sha256);
+    return 0;
 }
 
 int file_row_insert(struct connection *connection, const struct file_resource *file, struct error *error)
@@ -66,15 +71,26 @@ int file_row_insert(struct connection *connection, const struct file_resource *f
 
 static int run_insert(struct connection *connection, struct store_request *request, struct error *error)
 {
-    return file_row_insert(connection, &((struct file_write *)request)->file, error);
+    const struct file_write *write = (const struct file_write *)request;
+    int code = file_row_insert(connection, &write->file, error);
+    return code || !write->answer ? code : answer_row_insert(connection, write->answer, error);
 }
 
-void store_file_insert(struct store *store, const struct file_resource *file, store_written done, void *arg)
+static void release_insert(struct store_request *request)
+{
+    free(((struct file_write *)request)->answer);
+}
+
+void store_file_insert(struct store *store, const struct file_resource *file,
+                       const struct kept_answer *answer, store_written done, void *arg)
 {
     struct file_write *write = request_new_write(sizeof *write, run_insert, done, arg);
     if (!write)
         return;
     write->file = *file;
+    write->request.release = release_insert;
+    if (answer && !(write->answer = answer_copy(answer)))
+        request_refuse(&write->request, ERROR_NO_MEMORY, "no memory for an answer");
     store_write(store, &write->request);
 }
 
@@ -114,9 +130,9 @@ static int run_get(struct connection *connection, struct store_request *request,
         return error_set(error, ERROR_NOT_FOUND, "no file has the id '%s'", read->id);
     if (code < 0)
         return code;
-    file_from_row(&query, &read->file);
+    code = file_from_row(&query, &read->file, error);
     query_end(&query);
-    return 0;
+    return code;
 }
 
 static void deliver_get(struct store_request *request)
@@ -140,26 +156,6 @@ void store_file_get(struct store *store, const char *id, store_file_read done, v
     store_read(store, &read->request);
 }
 
-/* Take in at most `limit` rows. */
-static int collect(struct file_list *list, struct query *query, int64_t limit, struct error *error)
-{
-    int code;
-    while ((code = query_next(query, error)) > 0) {
-        if ((int64_t)list->rows.count == limit) {
-            list->has_more = true;
-            query_end(query);
-            return 0;
-        }
-        struct file_resource *file = rows_add(&list->rows);
-        if (!file) {
-            query_end(query);
-            return error_set(error, ERROR_NO_MEMORY, "no memory for a list of files");
-        }
-        file_from_row(query, file);
-    }
-    return code;
-}
-
 static int run_list(struct connection *connection, struct store_request *request, struct error *error)
 {
     struct file_list *list = (struct file_list *)request;
@@ -177,7 +173,7 @@ static int run_list(struct connection *connection, struct store_request *request
     if (!any)
         query_text(&query, list->purpose);
     page_bind(&query, &list->page, start);
-    return collect(list, &query, list->page.limit, error);
+    return rows_collect(&list->rows, &query, list->page.limit, file_from_row, &list->has_more, error);
 }
 
 static int run_expired(struct connection *connection, struct store_request *request, struct error *error)
@@ -188,7 +184,7 @@ static int run_expired(struct connection *connection, struct store_request *requ
                                                      "files.id") ") ORDER BY expires_at LIMIT ?");
     query_int(&query, list->now);
     query_int(&query, EXPIRED_LIMIT + 1);
-    return collect(list, &query, EXPIRED_LIMIT, error);
+    return rows_collect(&list->rows, &query, EXPIRED_LIMIT, file_from_row, &list->has_more, error);
 }
 
 static void deliver_list(struct store_request *request)

@@ -103,6 +103,10 @@ struct rows {
 /* A zeroed new item, or NULL. */
 void *rows_add(struct rows *rows);
 void rows_free(struct rows *rows, void (*item_free)(void *item)); /* item_free may be NULL */
+/* Take in at most `limit` of a query's rows, and say whether there are more. The query is over afterwards. */
+typedef int (*row_reader)(const struct query *query, void *item, struct error *error);
+int rows_collect(struct rows *rows, struct query *query, int64_t limit, row_reader read, bool *ret_more,
+                 struct error *error);
 
 /* ---- lists ---- */
 
@@ -130,6 +134,9 @@ int file_row_insert(struct connection *connection, const struct file_resource *f
 int model_row_insert(struct connection *connection, const struct adapter_row *row, struct error *error);
 int event_row_insert(struct connection *connection, struct event_resource *event, int64_t step,
                      bool *ret_inserted, struct error *error);
+int answer_row_insert(struct connection *connection, const struct kept_answer *answer, struct error *error);
+/* One block to free(); NULL: no memory. */
+struct kept_answer *answer_copy(const struct kept_answer *answer);
 int resume_point_forget(struct connection *connection, const char *job, struct error *error);
 
 #endif

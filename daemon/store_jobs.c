@@ -36,8 +36,9 @@ static int job_copy(const struct job_resource *from, struct job_resource *ret_jo
 }
 
 /* job is zeroed; on failure it may own something (job_free). */
-static int job_from_row(const struct query *query, struct job_resource *job, struct error *error)
+static int job_from_row(const struct query *query, void *item, struct error *error)
 {
+    struct job_resource *job = item;
     char status[32];
     column_text(query, 0, job->id, sizeof job->id);
     job->created_at = column_int(query, 1);
@@ -111,24 +112,28 @@ static void bind_job(struct query *query, const struct job_resource *job)
 struct job_write {
     struct store_request request;
     struct job_resource job;
+    struct kept_answer *answer; /* of an insertion, or NULL */
 };
 
 static void release_write(struct store_request *request)
 {
-    job_free(&((struct job_write *)request)->job);
+    struct job_write *write = (struct job_write *)request;
+    job_free(&write->job);
+    free(write->answer);
 }
 
-static void write_job(struct store *store, const struct job_resource *job,
+static void write_job(struct store *store, const struct job_resource *job, const struct kept_answer *answer,
                       int (*run)(struct connection *, struct store_request *, struct error *),
                       store_written done, void *arg)
 {
     struct job_write *write = request_new_write(sizeof *write, run, done, arg);
     if (!write)
         return;
-    if (job_copy(job, &write->job))
+    if (answer)
+        write->answer = answer_copy(answer);
+    write->request.release = release_write;
+    if (job_copy(job, &write->job) || (answer && !write->answer))
         request_refuse(&write->request, ERROR_NO_MEMORY, "no memory for a job");
-    else
-        write->request.release = release_write;
     store_write(store, &write->request);
 }
 
@@ -142,7 +147,8 @@ static int check_file(struct connection *connection, const char *id, const char 
 
 static int run_insert(struct connection *connection, struct store_request *request, struct error *error)
 {
-    const struct job_resource *job = &((struct job_write *)request)->job;
+    const struct job_write *write = (const struct job_write *)request;
+    const struct job_resource *job = &write->job;
     int code;
     if ((code = check_file(connection, job->training_file, "training_file", error)) ||
         (code = check_file(connection, job->validation_file, "validation_file", error)))
@@ -153,12 +159,14 @@ static int run_insert(struct connection *connection, struct store_request *reque
     query_text(&query, job->id);
     query_int(&query, job->created_at);
     bind_job(&query, job);
-    return query_run(&query, NULL, error);
+    code = query_run(&query, NULL, error);
+    return code || !write->answer ? code : answer_row_insert(connection, write->answer, error);
 }
 
-void store_job_insert(struct store *store, const struct job_resource *job, store_written done, void *arg)
+void store_job_insert(struct store *store, const struct job_resource *job, const struct kept_answer *answer,
+                      store_written done, void *arg)
 {
-    write_job(store, job, run_insert, done, arg);
+    write_job(store, job, answer, run_insert, done, arg);
 }
 
 /* Why an update of an open job touched no row. *ret_status: what the job is. */
@@ -208,7 +216,7 @@ static int run_update(struct connection *connection, struct store_request *reque
 
 void store_job_update(struct store *store, const struct job_resource *job, store_written done, void *arg)
 {
-    write_job(store, job, run_update, done, arg);
+    write_job(store, job, NULL, run_update, done, arg);
 }
 
 /* ---- the end ---- */
@@ -218,8 +226,9 @@ struct job_finish {
     struct job_resource job;
     struct adapter_row model;
     struct file_resource result_file;
-    struct event_resource event; /* its message: NULL = none */
-    bool has_model, has_result_file;
+    struct event_resource event;
+    bool has_model, has_result_file, inserted; /* inserted: the event was, now */
+    store_job_finished done;
 };
 
 static int run_finish(struct connection *connection, struct store_request *request, struct error *error)
@@ -228,6 +237,7 @@ static int run_finish(struct connection *connection, struct store_request *reque
     const struct job_resource *job = &finish->job;
     if (!job_status_is_final(job->status))
         return error_set(error, ERROR_INVALID, "'%s' is no end of a job", job_status_name(job->status));
+    finish->inserted = false;
     int status = -1;
     int code = update_row(connection, job, &status, error);
     if (code == ERROR_INVALID && status == (int)job->status)
@@ -236,13 +246,20 @@ static int run_finish(struct connection *connection, struct store_request *reque
         code = file_row_insert(connection, &finish->result_file, error);
     if (!code && finish->has_model)
         code = model_row_insert(connection, &finish->model, error);
-    if (!code && finish->event.message) {
-        bool inserted;
-        code = event_row_insert(connection, &finish->event, -1, &inserted, error);
-    }
+    if (!code)
+        code = event_row_insert(connection, &finish->event, -1, &finish->inserted, error);
     if (!code)
         code = resume_point_forget(connection, job->id, error);
     return code;
+}
+
+static void deliver_finish(struct store_request *request)
+{
+    struct job_finish *finish = (struct job_finish *)request;
+    int code = request->code;
+    if (finish->done)
+        finish->done(request->arg, code, code ? &request->error : NULL,
+                     !code && finish->inserted ? &finish->event : NULL);
 }
 
 static void release_finish(struct store_request *request)
@@ -253,12 +270,22 @@ static void release_finish(struct store_request *request)
 }
 
 void store_job_finish(struct store *store, const struct job_resource *job, const struct adapter_row *model,
-                      const struct file_resource *result_file, const char *message, store_written done,
+                      const struct file_resource *result_file, const char *message, store_job_finished done,
                       void *arg)
 {
-    struct job_finish *finish = request_new_write(sizeof *finish, run_finish, done, arg);
-    if (!finish)
+    struct job_finish *finish = request_new(sizeof *finish);
+    if (!finish) {
+        struct error error;
+        error_set(&error, ERROR_NO_MEMORY, "no memory for the end of a job");
+        if (done)
+            done(arg, error.code, &error, NULL);
         return;
+    }
+    finish->request.run = run_finish;
+    finish->request.deliver = deliver_finish;
+    finish->request.release = release_finish;
+    finish->request.arg = arg;
+    finish->done = done;
     if (model) {
         finish->model = *model;
         finish->has_model = true;
@@ -267,16 +294,13 @@ void store_job_finish(struct store *store, const struct job_resource *job, const
         finish->result_file = *result_file;
         finish->has_result_file = true;
     }
-    if (message) {
-        struct event_resource *event = &finish->event;
-        snprintf(event->job, sizeof event->job, "%s", job->id);
-        snprintf(event->level, sizeof event->level, "%s", job->status == JOB_FAILED ? "error" : "info");
-        snprintf(event->type, sizeof event->type, "message");
-        event->created_at = time(NULL);
-        event->message = strdup(message);
-    }
-    finish->request.release = release_finish;
-    if (job_copy(job, &finish->job) || (message && !finish->event.message))
+    struct event_resource *event = &finish->event;
+    snprintf(event->job, sizeof event->job, "%s", job->id);
+    snprintf(event->level, sizeof event->level, "%s", job->status == JOB_FAILED ? "error" : "info");
+    snprintf(event->type, sizeof event->type, "message");
+    event->created_at = time(NULL);
+    event->message = strdup(message);
+    if (job_copy(job, &finish->job) || !event->message)
         request_refuse(&finish->request, ERROR_NO_MEMORY, "no memory for the end of a job");
     store_write(store, &finish->request);
 }
@@ -358,20 +382,7 @@ static int run_list(struct connection *connection, struct store_request *request
     if (!any)
         query_text(&query, list->metadata);
     page_bind(&query, &list->page, start);
-    while ((code = query_next(&query, error)) > 0) {
-        if ((int64_t)list->rows.count == list->page.limit) {
-            list->has_more = true;
-            code = 0;
-            break;
-        }
-        struct job_resource *job = rows_add(&list->rows);
-        code = job ? job_from_row(&query, job, error)
-                   : error_set(error, ERROR_NO_MEMORY, "no memory for a list of jobs");
-        if (code)
-            break;
-    }
-    query_end(&query);
-    return code;
+    return rows_collect(&list->rows, &query, list->page.limit, job_from_row, &list->has_more, error);
 }
 
 static void deliver_list(struct store_request *request)

@@ -1,4 +1,4 @@
-/* store_keys.c: rows of API keys, and of the answers kept for repeated POSTs. run functions: the store's
+/* store_keys.c: rows of API keys. run functions: the store's
  * threads; the rest: the loop's, or the `keys` command's only one. */
 #include "daemon/store_internal.h"
 
@@ -6,10 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
-enum { ANSWER_SECONDS = 24 * 60 * 60 };
-
-/* ---- keys ---- */
 
 struct key_write {
     struct store_request request;
@@ -155,114 +151,4 @@ void store_key_list(struct store *store, store_keys_read done, void *arg)
     read->rows.item_size = sizeof(struct key_row);
     read->done = done;
     store_read(store, &read->request);
-}
-
-/* ---- answers ---- */
-
-struct answer {
-    struct store_request request;
-    char *scope, *key, *body_hash, *body;
-    int64_t now;
-    int status;
-    store_answer_read done;
-};
-
-static void release_answer(struct store_request *request)
-{
-    struct answer *answer = (struct answer *)request;
-    free(answer->scope);
-    free(answer->key);
-    free(answer->body_hash);
-    free(answer->body);
-}
-
-static int run_answer_put(struct connection *connection, struct store_request *request, struct error *error)
-{
-    const struct answer *answer = (const struct answer *)request;
-    struct query old = query_begin(connection, "DELETE FROM answers WHERE created_at <= ?");
-    query_int(&old, answer->now - ANSWER_SECONDS);
-    int code = query_run(&old, NULL, error);
-    if (code)
-        return code;
-    struct query query =
-        query_begin(connection, "INSERT INTO answers (scope, key, created_at, body_hash, status, "
-                                "body) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING");
-    query_text(&query, answer->scope);
-    query_text(&query, answer->key);
-    query_int(&query, answer->now);
-    query_text(&query, answer->body_hash);
-    query_int(&query, answer->status);
-    query_text(&query, answer->body);
-    return query_run(&query, NULL, error);
-}
-
-void store_answer_put(struct store *store, const char *scope, const char *key, const char *body_hash,
-                      int status, const char *body, store_written done, void *arg)
-{
-    struct answer *answer = request_new_write(sizeof *answer, run_answer_put, done, arg);
-    if (!answer)
-        return;
-    answer->request.release = release_answer;
-    answer->now = time(NULL);
-    answer->status = status;
-    answer->scope = strdup(scope);
-    answer->key = strdup(key);
-    answer->body_hash = strdup(body_hash);
-    answer->body = strdup(body);
-    if (!answer->scope || !answer->key || !answer->body_hash || !answer->body)
-        request_refuse(&answer->request, ERROR_NO_MEMORY, "no memory for an answer");
-    else
-        answer->request.bytes += strlen(body);
-    store_write(store, &answer->request);
-}
-
-static int run_answer_get(struct connection *connection, struct store_request *request, struct error *error)
-{
-    struct answer *answer = (struct answer *)request;
-    struct query query =
-        query_begin(connection, "SELECT body_hash, status, body FROM answers WHERE scope = ? AND "
-                                "key = ? AND created_at > ?");
-    query_text(&query, answer->scope);
-    query_text(&query, answer->key);
-    query_int(&query, answer->now - ANSWER_SECONDS);
-    int code = query_next(&query, error);
-    if (code == 0)
-        return error_set(error, ERROR_NOT_FOUND, "no answer is kept for this key");
-    if (code < 0)
-        return code;
-    answer->status = (int)column_int(&query, 1);
-    if (!(code = column_copy(&query, 0, &answer->body_hash, error)))
-        code = column_copy(&query, 2, &answer->body, error);
-    query_end(&query);
-    return code;
-}
-
-static void deliver_answer(struct store_request *request)
-{
-    struct answer *answer = (struct answer *)request;
-    if (request->code)
-        answer->done(request->arg, request->code, 0, NULL, NULL);
-    else
-        answer->done(request->arg, 0, answer->status, answer->body_hash, answer->body);
-}
-
-void store_answer_get(struct store *store, const char *scope, const char *key, store_answer_read done,
-                      void *arg)
-{
-    struct answer *answer = request_new(sizeof *answer);
-    if (!answer) {
-        done(arg, ERROR_NO_MEMORY, 0, NULL, NULL);
-        return;
-    }
-    answer->request.run = run_answer_get;
-    answer->request.deliver = deliver_answer;
-    answer->request.release = release_answer;
-    answer->request.arg = arg;
-    answer->done = done;
-    answer->now = time(NULL);
-    answer->scope = strdup(scope);
-    answer->key = strdup(key);
-    if (!answer->scope || !answer->key)
-        request_refuse(&answer->request, ERROR_NO_MEMORY, "no memory to look for an answer");
-    store_read(store, &answer->request);
 }

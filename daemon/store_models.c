@@ -58,28 +58,28 @@ struct models_read {
     struct rows rows;
 };
 
+static int model_from_row(const struct query *query, void *item, struct error *error)
+{
+    (void)error;
+    struct adapter_row *row = item;
+    column_text(query, 0, row->model.id, sizeof row->model.id);
+    row->model.created = column_int(query, 1);
+    column_text(query, 2, row->model.owned_by, sizeof row->model.owned_by);
+    column_text(query, 3, row->model.root, sizeof row->model.root);
+    column_text(query, 4, row->model.parent, sizeof row->model.parent);
+    column_text(query, 5, row->path, sizeof row->path);
+    column_text(query, 6, row->job, sizeof row->job);
+    row->step = column_int(query, 7);
+    row->full = column_int(query, 8) != 0;
+    return 0;
+}
+
 static int run_models(struct connection *connection, struct store_request *request, struct error *error)
 {
     struct rows *rows = &((struct models_read *)request)->rows;
     struct query query = query_begin(connection, "SELECT " MODEL_COLUMNS " FROM models ORDER BY sequence");
-    int code;
-    while ((code = query_next(&query, error)) > 0) {
-        struct adapter_row *row = rows_add(rows);
-        if (!row) {
-            query_end(&query);
-            return error_set(error, ERROR_NO_MEMORY, "no memory for the list of models");
-        }
-        column_text(&query, 0, row->model.id, sizeof row->model.id);
-        row->model.created = column_int(&query, 1);
-        column_text(&query, 2, row->model.owned_by, sizeof row->model.owned_by);
-        column_text(&query, 3, row->model.root, sizeof row->model.root);
-        column_text(&query, 4, row->model.parent, sizeof row->model.parent);
-        column_text(&query, 5, row->path, sizeof row->path);
-        column_text(&query, 6, row->job, sizeof row->job);
-        row->step = column_int(&query, 7);
-        row->full = column_int(&query, 8) != 0;
-    }
-    return code;
+    bool more;
+    return rows_collect(rows, &query, INT64_MAX, model_from_row, &more, error);
 }
 
 int store_load_models(struct store *store, struct adapter_row **ret_items, size_t *ret_count,
@@ -182,6 +182,22 @@ struct checkpoint_list {
     store_checkpoints_read done;
 };
 
+static int checkpoint_from_row(const struct query *query, void *item, struct error *error)
+{
+    (void)error;
+    struct checkpoint_resource *checkpoint = item;
+    column_text(query, 0, checkpoint->id, sizeof checkpoint->id);
+    column_text(query, 1, checkpoint->job, sizeof checkpoint->job);
+    checkpoint->created_at = column_int(query, 2);
+    checkpoint->step = column_int(query, 3);
+    column_text(query, 4, checkpoint->model, sizeof checkpoint->model);
+    checkpoint->train_loss = column_real(query, 5);
+    checkpoint->train_accuracy = column_real(query, 6);
+    checkpoint->valid_loss = column_real(query, 7);
+    checkpoint->valid_accuracy = column_real(query, 8);
+    return 0;
+}
+
 static int run_checkpoint_list(struct connection *connection, struct store_request *request,
                                struct error *error)
 {
@@ -198,29 +214,7 @@ static int run_checkpoint_list(struct connection *connection, struct store_reque
                                     : LIST_DESCENDING(CHECKPOINT_COLUMNS, "checkpoints", "job = ? AND "));
     query_text(&query, list->job);
     page_bind(&query, &list->page, start);
-    while ((code = query_next(&query, error)) > 0) {
-        if ((int64_t)list->rows.count == list->page.limit) {
-            list->has_more = true;
-            code = 0;
-            break;
-        }
-        struct checkpoint_resource *checkpoint = rows_add(&list->rows);
-        if (!checkpoint) {
-            code = error_set(error, ERROR_NO_MEMORY, "no memory for a list of checkpoints");
-            break;
-        }
-        column_text(&query, 0, checkpoint->id, sizeof checkpoint->id);
-        column_text(&query, 1, checkpoint->job, sizeof checkpoint->job);
-        checkpoint->created_at = column_int(&query, 2);
-        checkpoint->step = column_int(&query, 3);
-        column_text(&query, 4, checkpoint->model, sizeof checkpoint->model);
-        checkpoint->train_loss = column_real(&query, 5);
-        checkpoint->train_accuracy = column_real(&query, 6);
-        checkpoint->valid_loss = column_real(&query, 7);
-        checkpoint->valid_accuracy = column_real(&query, 8);
-    }
-    query_end(&query);
-    return code;
+    return rows_collect(&list->rows, &query, list->page.limit, checkpoint_from_row, &list->has_more, error);
 }
 
 static void deliver_checkpoint_list(struct store_request *request)

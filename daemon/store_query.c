@@ -176,6 +176,26 @@ void rows_free(struct rows *rows, void (*item_free)(void *item))
     rows->count = rows->capacity = 0;
 }
 
+int rows_collect(struct rows *rows, struct query *query, int64_t limit, row_reader read, bool *ret_more,
+                 struct error *error)
+{
+    int code;
+    *ret_more = false;
+    while ((code = query_next(query, error)) > 0) {
+        if ((int64_t)rows->count == limit) {
+            *ret_more = true;
+            code = 0;
+            break;
+        }
+        void *item = rows_add(rows);
+        code = item ? read(query, item, error) : error_set(error, ERROR_NO_MEMORY, "no memory for a list");
+        if (code)
+            break;
+    }
+    query_end(query);
+    return code;
+}
+
 struct page page_of(const struct list_query *query)
 {
     struct page page = {.limit = query->limit < 1 ? 1 : query->limit, .ascending = query->ascending};
@@ -208,4 +228,43 @@ void page_bind(struct query *query, const struct page *page, int64_t start)
 {
     query_int(query, start);
     query_int(query, page->limit + 1);
+}
+
+/* ---- start-up ---- */
+
+struct ids_read {
+    struct store_request request;
+    enum store_table table;
+    struct rows rows;
+};
+
+static int id_from_row(const struct query *query, void *item, struct error *error)
+{
+    (void)error;
+    column_text(query, 0, item, ID_BYTES);
+    return 0;
+}
+
+static int run_ids(struct connection *connection, struct store_request *request, struct error *error)
+{
+    struct ids_read *read = (struct ids_read *)request;
+    bool more;
+    struct query query =
+        query_begin(connection, read->table == STORE_FILES ? "SELECT id FROM files ORDER BY id"
+                                                           : "SELECT id FROM jobs ORDER BY id");
+    return rows_collect(&read->rows, &query, INT64_MAX, id_from_row, &more, error);
+}
+
+int store_load_ids(struct store *store, enum store_table table, char (**ret_ids)[ID_BYTES], size_t *ret_count,
+                   struct error *error)
+{
+    struct ids_read read = {.request.run = run_ids, .table = table, .rows.item_size = ID_BYTES};
+    int code = store_read_blocking(store, &read.request, error);
+    if (code) {
+        rows_free(&read.rows, NULL);
+        return code;
+    }
+    *ret_ids = read.rows.items;
+    *ret_count = read.rows.count;
+    return 0;
 }

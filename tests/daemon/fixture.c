@@ -127,7 +127,7 @@ int insert_file(struct fixture *fixture, const char *id)
 {
     struct told told = {0};
     struct file_resource file = make_file(id);
-    store_file_insert(fixture->store, &file, tell, &told);
+    store_file_insert(fixture->store, &file, NULL, tell, &told);
     fixture_run(fixture);
     assert_int_equal(told.calls, 1);
     return told.code;
@@ -148,7 +148,7 @@ int insert_job(struct fixture *fixture, const char *id)
     fixture_run(fixture);
     if (has_file == ERROR_NOT_FOUND)
         assert_int_equal(insert_file(fixture, job.training_file), 0);
-    store_job_insert(fixture->store, &job, tell, &told);
+    store_job_insert(fixture->store, &job, NULL, tell, &told);
     fixture_run(fixture);
     assert_int_equal(told.calls, 1);
     return told.code;

@@ -75,7 +75,7 @@ static void test_writes_share_commits(void **state)
         snprintf(id, sizeof id, "file-%d", i);
         struct file_resource file = make_file(id);
         numbered[i] = (struct numbered){&sequence, i};
-        store_file_insert(fixture->store, &file, expect_in_order, &numbered[i]);
+        store_file_insert(fixture->store, &file, NULL, expect_in_order, &numbered[i]);
     }
     let_writer_go(held);
     fixture_run(fixture);
@@ -100,15 +100,15 @@ static void test_one_bad_statement_fails_alone(void **state)
     snprintf(no_file.validation_file, sizeof no_file.validation_file, "file-missing");
 
     sqlite3 *held = hold_writer(fixture);
-    store_file_insert(fixture->store, &first, tell, &told[0]);
-    store_file_insert(fixture->store, &first, tell, &told[1]);
-    store_file_insert(fixture->store, &broken, tell, &told[2]);
+    store_file_insert(fixture->store, &first, NULL, tell, &told[0]);
+    store_file_insert(fixture->store, &first, NULL, tell, &told[1]);
+    store_file_insert(fixture->store, &broken, NULL, tell, &told[2]);
     store_job_update(fixture->store, &missing, tell, &told[3]);
-    store_job_insert(fixture->store, &no_file, tell, &told[4]);
+    store_job_insert(fixture->store, &no_file, NULL, tell, &told[4]);
     store_event_append(fixture->store, "ftjob-missing", "info", "message", "x", NULL, 0, NULL, NULL);
     store_model_delete(fixture->store, "ft:none", tell, &told[5]);
     store_file_delete(fixture->store, "file-training", tell, &told[6]);
-    store_file_insert(fixture->store, &last, tell, &told[7]);
+    store_file_insert(fixture->store, &last, NULL, tell, &told[7]);
     let_writer_go(held);
     fixture_run(fixture);
 
@@ -155,9 +155,10 @@ static void test_io_error_is_reported_and_survived(void **state)
 
     /* Room for the small ones, none for their neighbour. */
     sqlite3 *held = hold_writer(fixture);
-    store_file_insert(fixture->store, &one, tell, &told[0]);
-    store_answer_put(fixture->store, "scope", "key", "hash", 200, body, tell, &told[1]);
-    store_file_insert(fixture->store, &two, tell, &told[2]);
+    store_file_insert(fixture->store, &one, NULL, tell, &told[0]);
+    store_answer_put(fixture->store, &(struct kept_answer){"scope", "key", "hash", 200, body}, tell,
+                     &told[1]);
+    store_file_insert(fixture->store, &two, NULL, tell, &told[2]);
     limit_file_size((rlim_t)st.st_size + (256 << 10));
     let_writer_go(held);
     fixture_run(fixture);
@@ -172,7 +173,8 @@ static void test_io_error_is_reported_and_survived(void **state)
     limit_file_size(RLIM_INFINITY);
     assert_int_equal(code, ERROR_IO);
     assert_int_equal(insert_file(fixture, "file-3"), 0);
-    store_answer_put(fixture->store, "scope", "key", "hash", 200, body, tell, &told[3]);
+    store_answer_put(fixture->store, &(struct kept_answer){"scope", "key", "hash", 200, body}, tell,
+                     &told[3]);
     fixture_run(fixture);
     assert_int_equal(told[3].code, 0);
 
@@ -198,7 +200,8 @@ static void test_queue_is_bounded(void **state)
     for (int i = 0; i < N; i++) {
         char key[16];
         snprintf(key, sizeof key, "%d", i);
-        store_answer_put(fixture->store, "scope", key, "hash", 200, body, tell, &told[i]);
+        store_answer_put(fixture->store, &(struct kept_answer){"scope", key, "hash", 200, body}, tell,
+                         &told[i]);
         assert_int_equal(told[i].calls, 0);
     }
     uv_run(&fixture->loop, UV_RUN_ONCE); /* the refusals do not wait for the writer */
@@ -266,7 +269,7 @@ static void go_on(void *arg, int code, const struct error *error)
     snprintf(id, sizeof id, "file-%d", chain->length);
     if (++chain->length < 10) {
         struct file_resource file = make_file(id);
-        store_file_insert(chain->fixture->store, &file, go_on, chain);
+        store_file_insert(chain->fixture->store, &file, NULL, go_on, chain);
     } else if (chain->close) {
         store_close(chain->fixture->store);
         chain->fixture->store = NULL;
@@ -281,7 +284,7 @@ static void test_close_does_what_is_queued(void **state)
         char id[ID_BYTES];
         snprintf(id, sizeof id, "file-q%d", i);
         struct file_resource file = make_file(id);
-        store_file_insert(fixture->store, &file, NULL, NULL);
+        store_file_insert(fixture->store, &file, NULL, NULL, NULL);
     }
     go_on(&chain, 0, NULL);
     store_close(fixture->store);
@@ -299,7 +302,7 @@ static void test_close_inside_a_callback(void **state)
     struct told told = {0};
     go_on(&chain, 0, NULL);
     struct file_resource file = make_file("file-other");
-    store_file_insert(fixture->store, &file, tell, &told);
+    store_file_insert(fixture->store, &file, NULL, tell, &told);
     fixture_run(fixture);
     assert_null(fixture->store);
     assert_int_equal(told.calls, 1);
@@ -355,7 +358,7 @@ static void start_write(struct child *child)
     char id[ID_BYTES];
     snprintf(id, sizeof id, "file-%d", child_write->number);
     struct file_resource file = make_file(id);
-    store_file_insert(child->store, &file, acknowledge, child_write);
+    store_file_insert(child->store, &file, NULL, acknowledge, child_write);
 }
 
 static void write_until_killed(const char *folder, int pipe)
@@ -476,7 +479,7 @@ static void on_mixed_read(void *arg, int code, const struct file_resource *file)
     char id[ID_BYTES];
     store_new_id("file-", id);
     struct file_resource new_file = make_file(id);
-    store_file_insert(mixed->fixture->store, &new_file, on_mixed_write, mixed);
+    store_file_insert(mixed->fixture->store, &new_file, NULL, on_mixed_write, mixed);
 }
 
 static void test_many_at_once(void **state)
@@ -488,7 +491,7 @@ static void test_many_at_once(void **state)
         char id[ID_BYTES];
         store_new_id("file-", id);
         struct file_resource file = make_file(id);
-        store_file_insert(fixture->store, &file, on_mixed_write, &mixed);
+        store_file_insert(fixture->store, &file, NULL, on_mixed_write, &mixed);
     }
     fixture_run(fixture);
     assert_int_equal(mixed.failed, 0);

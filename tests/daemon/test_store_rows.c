@@ -32,7 +32,7 @@ static void test_file_round_trip(void **state)
     snprintf(file.status_details, sizeof file.status_details, "it's; DROP TABLE files; --");
     struct told told = {0};
     int code = 0;
-    store_file_insert(fixture->store, &file, tell, &told);
+    store_file_insert(fixture->store, &file, NULL, tell, &told);
     fixture_run(fixture);
     assert_int_equal(told.code, 0);
     fixture_reopen(fixture);
@@ -77,7 +77,7 @@ static void test_file_pages(void **state)
         snprintf(id, sizeof id, "file-%03d", i);
         struct file_resource file = make_file(id);
         snprintf(file.purpose, sizeof file.purpose, i % 3 ? "fine-tune" : "fine-tune-results");
-        store_file_insert(fixture->store, &file, NULL, NULL);
+        store_file_insert(fixture->store, &file, NULL, NULL, NULL);
     }
     store_file_delete(fixture->store, "file-007", NULL, NULL);
     struct told told = {0};
@@ -128,13 +128,25 @@ static void test_file_pages(void **state)
     assert_int_equal(missing.count, 0);
 }
 
+/* tell(), and how often a closing event was handed over. */
+static int closings;
+static void tell_end(void *arg, int code, const struct error *error, const struct event_resource *closing)
+{
+    tell(arg, code, error);
+    if (closing) {
+        assert_int_equal(code, 0);
+        assert_true(closing->sequence > 0);
+        closings++;
+    }
+}
+
 static void set_status(struct fixture *fixture, const char *id, enum job_status status, int expected)
 {
     struct job_resource job = make_job(id);
     struct told told = {0};
     job.status = status;
     if (job_status_is_final(status))
-        store_job_finish(fixture->store, &job, NULL, NULL, NULL, tell, &told);
+        store_job_finish(fixture->store, &job, NULL, NULL, "the end", tell_end, &told);
     else
         store_job_update(fixture->store, &job, tell, &told);
     fixture_run(fixture);
@@ -149,10 +161,10 @@ static void test_files_in_use_stay(void **state)
     static struct listed expired, later;
     struct file_resource file = make_file("file-old");
     file.expires_at = 100;
-    store_file_insert(fixture->store, &file, NULL, NULL);
+    store_file_insert(fixture->store, &file, NULL, NULL, NULL);
     file = make_file("file-training");
     file.expires_at = 100;
-    store_file_insert(fixture->store, &file, NULL, NULL);
+    store_file_insert(fixture->store, &file, NULL, NULL, NULL);
     assert_int_equal(insert_file(fixture, "file-forever"), 0);
     assert_int_equal(insert_job(fixture, "ftjob-1"), 0);
     for (int status = JOB_VALIDATING; status <= JOB_PAUSED; status++) {
@@ -214,7 +226,7 @@ static void test_job_round_trip(void **state)
     struct job_resource job = make_job("ftjob-1");
     job.metadata = metadata;
     snprintf(job.validation_file, sizeof job.validation_file, "file-validation");
-    store_job_insert(fixture->store, &job, tell, &told);
+    store_job_insert(fixture->store, &job, NULL, tell, &told);
     fixture_run(fixture);
     assert_int_equal(told.code, 0);
     struct job_back back = get_job(fixture, "ftjob-1");
@@ -293,7 +305,7 @@ static void test_job_pages_and_metadata(void **state)
                  i % 5);
         struct job_resource job = make_job(id);
         job.metadata = i % 10 == 9 ? NULL : metadata;
-        store_job_insert(fixture->store, &job, NULL, NULL);
+        store_job_insert(fixture->store, &job, NULL, NULL, NULL);
     }
     fixture_run(fixture);
     static struct listed all;
@@ -382,8 +394,9 @@ static void test_job_ends_once(void **state)
     assert_int_equal(insert_job(fixture, "ftjob-1"), 0);
     store_resume_point_set(fixture->store, "ftjob-1", 3, "/data/resume", NULL, NULL);
     struct job_resource job = make_job("ftjob-1");
+    closings = 0;
     job.status = JOB_RUNNING;
-    store_job_finish(fixture->store, &job, NULL, NULL, "no end", tell, &told);
+    store_job_finish(fixture->store, &job, NULL, NULL, "no end", tell_end, &told);
     fixture_run(fixture);
     assert_int_equal(told.code, ERROR_INVALID);
 
@@ -395,21 +408,23 @@ static void test_job_ends_once(void **state)
     /* All or nothing: a result file that cannot be kept leaves the job open. */
     struct file_resource broken = result;
     broken.bytes = -1;
-    store_job_finish(fixture->store, &job, &model, &broken, "done", tell, &told);
+    store_job_finish(fixture->store, &job, &model, &broken, "done", tell_end, &told);
     fixture_run(fixture);
     assert_int_equal(told.code, ERROR_INVALID);
     struct job_back back = get_job(fixture, "ftjob-1");
     assert_int_equal(back.job.status, JOB_QUEUED);
     job_free(&back.job);
 
-    store_job_finish(fixture->store, &job, &model, &result, "done", tell, &told);
+    store_job_finish(fixture->store, &job, &model, &result, "done", tell_end, &told);
     fixture_run(fixture);
     assert_int_equal(told.code, 0);
+    assert_int_equal(closings, 1);
     /* Saying it again changes nothing, not even what differs. */
     job.finished_at = 100;
-    store_job_finish(fixture->store, &job, &model, &result, "done", tell, &told);
+    store_job_finish(fixture->store, &job, &model, &result, "done", tell_end, &told);
     fixture_run(fixture);
     assert_int_equal(told.code, 0);
+    assert_int_equal(closings, 1);
     /* Nothing reopens it or gives it another end. */
     for (int status = 0; status < JOB_STATUS_COUNT; status++) {
         job.status = (enum job_status)status;
@@ -699,9 +714,12 @@ static void test_first_answer_stands_for_a_day(void **state)
     store_answer_get(fixture->store, "key-1 /v1/x", "k", copy_answer, &back);
     fixture_run(fixture);
     assert_int_equal(back.code, ERROR_NOT_FOUND);
-    store_answer_put(fixture->store, "key-1 /v1/x", "k", "h1", 200, "first", NULL, NULL);
-    store_answer_put(fixture->store, "key-1 /v1/x", "k", "h2", 400, "second", NULL, NULL);
-    store_answer_put(fixture->store, "key-2 /v1/x", "k", "h3", 201, "other scope", NULL, NULL);
+    store_answer_put(fixture->store, &(struct kept_answer){"key-1 /v1/x", "k", "h1", 200, "first"}, NULL,
+                     NULL);
+    store_answer_put(fixture->store, &(struct kept_answer){"key-1 /v1/x", "k", "h2", 400, "second"}, NULL,
+                     NULL);
+    store_answer_put(fixture->store, &(struct kept_answer){"key-2 /v1/x", "k", "h3", 201, "other scope"},
+                     NULL, NULL);
     fixture_run(fixture);
     store_answer_get(fixture->store, "key-1 /v1/x", "k", copy_answer, &back);
     fixture_run(fixture);
@@ -720,11 +738,44 @@ static void test_first_answer_stands_for_a_day(void **state)
     store_answer_get(fixture->store, "key-1 /v1/x", "k", copy_answer, &back);
     fixture_run(fixture);
     assert_int_equal(back.code, ERROR_NOT_FOUND);
-    store_answer_put(fixture->store, "key-1 /v1/x", "k", "h4", 200, "new", NULL, NULL);
+    store_answer_put(fixture->store, &(struct kept_answer){"key-1 /v1/x", "k", "h4", 200, "new"}, NULL, NULL);
     fixture_run(fixture);
     store_answer_get(fixture->store, "key-1 /v1/x", "k", copy_answer, &back);
     fixture_run(fixture);
     assert_string_equal(back.body, "new");
+}
+
+/* A row that a POST with a key makes, and what the POST is answered, commit together or not at all. */
+static void test_answer_commits_with_its_row(void **state)
+{
+    struct fixture *fixture = *state;
+    struct answer_back back;
+    struct told told = {0};
+    const struct kept_answer answer = {"key-1 /v1/fine_tuning/jobs", "k", "h1", 200, "made"};
+    struct job_resource job = make_job("ftjob-1");
+    store_job_insert(fixture->store, &job, &answer, tell, &told); /* its file does not exist */
+    store_answer_get(fixture->store, answer.scope, "k", copy_answer, &back);
+    fixture_run(fixture);
+    assert_int_equal(told.code, ERROR_NOT_FOUND);
+    assert_int_equal(back.code, ERROR_NOT_FOUND);
+
+    const struct kept_answer of_file = {"key-1 /v1/files", "k", "h2", 200, "stored"};
+    struct file_resource file = make_file(job.training_file);
+    int64_t commits = fixture->commits;
+    store_file_insert(fixture->store, &file, &of_file, tell, &told);
+    fixture_run(fixture);
+    assert_int_equal(told.code, 0);
+    store_job_insert(fixture->store, &job, &answer, tell, &told);
+    fixture_run(fixture);
+    assert_int_equal(told.code, 0);
+    assert_int_equal(fixture->commits, commits + 2);
+    fixture_reopen(fixture);
+    store_answer_get(fixture->store, answer.scope, "k", copy_answer, &back);
+    fixture_run(fixture);
+    assert_string_equal(back.body, "made");
+    store_answer_get(fixture->store, of_file.scope, "k", copy_answer, &back);
+    fixture_run(fixture);
+    assert_string_equal(back.body, "stored");
 }
 
 /* ---- keys ---- */
@@ -791,6 +842,7 @@ int main(void)
         WITH_STORE(test_event_pages),
         WITH_STORE(test_checkpoints),
         WITH_STORE(test_first_answer_stands_for_a_day),
+        WITH_STORE(test_answer_commits_with_its_row),
         WITH_STORE(test_keys),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

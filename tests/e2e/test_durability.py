@@ -138,6 +138,38 @@ def test_worker_death_fails_a_completion_and_no_more(own_server):
     assert client.completions.create(model="hatchling", prompt="The", max_tokens=2).choices[0].text
 
 
+def test_a_daemon_that_stood_still_keeps_its_workers(own_server, undisturbed):
+    server = own_server("--heartbeat-timeout", "2")
+    client = server.openai()
+    job = start_job(client)
+    wait_for_step(client, job, 3)
+    workers = server.worker_pids()
+    os.kill(server.process.pid, signal.SIGSTOP)
+    time.sleep(5)
+    os.kill(server.process.pid, signal.SIGCONT)
+    wait_for(client, job, "succeeded")
+    assert server.worker_pids() == workers and losses(client, job) == undisturbed
+
+
+def test_what_no_row_names_is_swept_at_the_start(own_server):
+    server = own_server()
+    client = server.openai()
+    file = upload(client)
+    job = start_job(client)
+    wait_for(client, job, "running", "succeeded")
+    assert server.stop() == 0
+    data = server.folder / "data"
+    before = sorted(path for folder in ("files", "jobs") for path in (data / folder).iterdir())
+    (data / "files/file-AAAAAAAAAAAAAAAAAAAAAAAA").write_bytes(b"renamed, its row never committed")
+    orphan = data / "jobs/ftjob-AAAAAAAAAAAAAAAAAAAAAAAA/checkpoints/step-1"
+    orphan.mkdir(parents=True)
+    (orphan / "state.json").write_text("{}")
+    (data / "files/README").write_text("not ours")
+    server.start()
+    assert sorted(path for folder in ("files", "jobs") for path in (data / folder).iterdir()) == sorted([*before, data / "files/README"])
+    assert server.openai().files.content(file).read() == STORIES
+
+
 def test_acknowledged_files_survive_a_kill(own_server):
     server = own_server()
     client = server.openai()
