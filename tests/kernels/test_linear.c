@@ -403,6 +403,11 @@ static void test_embedding(void **state)
                              (long long)p.rank, kernel_type_name(p.type));
         }
     }
+    static const struct embedding_case extremes[] = {{1134, 1, 64, 4, TYPE_F32, true},
+                                                     {300, 70001, 5, 1, TYPE_BF16, true}};
+    for (int i = 0; i < 2; i++)
+        compare_backends(embedding_case, &extremes[i], "embedding vocabulary %lld",
+                         (long long)extremes[i].vocab);
 }
 
 struct rmsnorm_case {
