@@ -17,8 +17,8 @@ struct bench_options {
     const char *models; /* a models directory */
     int threads;        /* 0 = all processors of the affinity mask */
     bool cuda;
-    int index;                           /* of the GPU */
-    const char *cases[BENCH_CASES_MOST]; /* from the command line; none = the modes' own */
+    int index;                               /* of the GPU */
+    const char *cases[BENCH_CASES_MOST + 1]; /* from the command line, NULL at the end */
     int n_cases;
 };
 
@@ -90,6 +90,17 @@ void bench_row(struct bench_report *report, const char *name, double value, cons
                const char *note);
 /* A row that the caller has printed; takes the reference. */
 void bench_keep(struct bench_report *report, json_t *row);
+
+/* The command line's cases, or a mode's own for the device. Lists end with NULL. */
+const char *const *bench_cases(const struct bench_options *options, const char *const *cpu,
+                               const char *const *cuda);
+/* Runs each case of these kinds (of the others none). One that fails is one row less, for the rest are still worth
+ * having. Returns 1 when any did. */
+enum { BENCH_TRAINING = 1, BENCH_DECODING = 2 };
+typedef int bench_run(const struct bench_options *options, struct bench_report *report,
+                      const struct bench_case *wanted, struct error *error);
+int bench_run_cases(const struct bench_options *options, struct bench_report *report, int kinds,
+                    const char *const *cases, bench_run *run);
 
 /* ---- modes: each prints its rows and returns 0, or 1 after saying on stderr what went wrong ---- */
 

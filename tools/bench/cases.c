@@ -138,3 +138,32 @@ void bench_bed_close(struct bench_bed *bed)
         bed->ops->device_close(bed->device);
     *bed = (struct bench_bed){0};
 }
+
+/* ---- lists of cases ---- */
+
+const char *const *bench_cases(const struct bench_options *options, const char *const *cpu,
+                               const char *const *cuda)
+{
+    return options->n_cases ? options->cases : options->cuda ? cuda : cpu;
+}
+
+int bench_run_cases(const struct bench_options *options, struct bench_report *report, int kinds,
+                    const char *const *cases, bench_run *run)
+{
+    int failed = 0;
+    for (; *cases; cases++) {
+        struct bench_case wanted;
+        struct error error = {0};
+        int code = bench_case_parse(*cases, &wanted, &error);
+        if (!code && !(kinds & (wanted.decode ? BENCH_DECODING : BENCH_TRAINING)))
+            continue;
+        if (!code)
+            code = run(options, report, &wanted, &error);
+        if (code) {
+            printf("  %-44s %s\n", *cases, error.message);
+            fflush(stdout);
+            failed = 1;
+        }
+    }
+    return failed;
+}

@@ -144,20 +144,17 @@ static int run_completions(struct bench_steps *steps, double *ret_step, double *
     return code;
 }
 
-static int run_case(const struct bench_options *options, struct bench_report *report, const char *text,
-                    struct error *error)
+static int run_case(const struct bench_options *options, struct bench_report *report,
+                    const struct bench_case *wanted, struct error *error)
 {
-    struct bench_case wanted;
     struct bench_bed bed = {0};
     struct bench_steps steps = bench_decoding_steps;
     struct kernel_device_info info = {0};
     double step = 0, all = 0;
-    int code = bench_case_parse(text, &wanted, error);
-    if (!code)
-        code = bench_bed_open(options, &wanted, bench_backend(options), &bed, error);
+    int code = bench_bed_open(options, wanted, bench_backend(options), &bed, error);
     /* Once for everything that is made when it is first used. */
     for (int run = 0; run < 2 && !code; run++) {
-        code = prepare(&steps, &wanted, &bed, error);
+        code = prepare(&steps, wanted, &bed, error);
         if (!code)
             code = run_completions(&steps, &step, &all, error);
         if (!code && run == 1 && bed.ops->device_query(bed.device, &info))
@@ -165,12 +162,12 @@ static int run_case(const struct bench_options *options, struct bench_report *re
         if (!code && run == 1) {
             double tokens = (double)((struct decoding *)steps.state)->completion_tokens;
             double bytes = (double)model_weight_bytes(bed.model) +
-                           2 * (double)wanted.batch * (double)model_state_bytes(bed.model);
-            double rate = wanted.batch / step, share = bytes / report->machine.memory / step;
-            printf("  %-44s %9.3f %10.0f %10.0f %9.3f %7.1f%%\n", wanted.text, 1e3 * step, rate, tokens / all,
-                   (double)info.peak_bytes / 0x1p30, 100 * share);
+                           2 * (double)wanted->batch * (double)model_state_bytes(bed.model);
+            double rate = wanted->batch / step, share = bytes / report->machine.memory / step;
+            printf("  %-44s %9.3f %10.0f %10.0f %9.3f %7.1f%%\n", wanted->text, 1e3 * step, rate,
+                   tokens / all, (double)info.peak_bytes / 0x1p30, 100 * share);
             fflush(stdout);
-            bench_keep(report, json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f}", "case", wanted.text,
+            bench_keep(report, json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f}", "case", wanted->text,
                                          "step_seconds", step, "tokens_per_second", rate,
                                          "tokens_per_second_with_prompts", tokens / all, "seconds", all,
                                          "peak_bytes", (double)info.peak_bytes, "ceiling_share", share));
@@ -183,33 +180,21 @@ static int run_case(const struct bench_options *options, struct bench_report *re
 
 int bench_decode(const struct bench_options *options, struct bench_report *report)
 {
-    static const char *const cpu_cases[] = {"hatchling 1x200 decode", "hatchling 16x200 decode"};
-    static const char *const cuda_cases[] = {"130m 1x128 decode bf16",
-                                             "130m 64x128 decode bf16",
-                                             "130m 256x128 decode bf16",
-                                             "1.4b 1x128 decode bf16",
-                                             "1.4b 64x128 decode bf16",
-                                             "2.8b 1x128 decode bf16",
-                                             "2.8b 64x128 decode bf16",
-                                             "2.8b 128x128 prompt2048 decode bf16",
-                                             "130m 1x128 decode bf16 lora projections",
-                                             "130m 64x128 decode bf16 lora projections",
-                                             "2.8b 1x128 decode bf16 lora projections",
-                                             "2.8b 64x128 decode bf16 lora projections"};
-    const char *const *cases = options->n_cases ? options->cases : options->cuda ? cuda_cases : cpu_cases;
-    int n_cases = options->n_cases ? options->n_cases
-                  : options->cuda  ? (int)(sizeof cuda_cases / sizeof *cuda_cases)
-                                   : 2;
-    int failed = 0;
+    static const char *const cpu[] = {"hatchling 1x200 decode", "hatchling 16x200 decode", NULL};
+    static const char *const cuda[] = {"130m 1x128 decode",
+                                       "130m 64x128 decode",
+                                       "130m 256x128 decode",
+                                       "1.4b 1x128 decode",
+                                       "1.4b 64x128 decode",
+                                       "2.8b 1x128 decode",
+                                       "2.8b 64x128 decode",
+                                       "2.8b 128x128 prompt2048 decode",
+                                       "130m 1x128 decode lora projections",
+                                       "130m 64x128 decode lora projections",
+                                       "2.8b 1x128 decode lora projections",
+                                       "2.8b 64x128 decode lora projections",
+                                       NULL};
     bench_title(report, "decode");
     printf("  %-44s %9s %10s %10s %9s %8s\n", "", "ms a step", "tokens/s", "in all", "peak GiB", "ceiling");
-    for (int i = 0; i < n_cases; i++) {
-        struct error error = {0};
-        if (run_case(options, report, cases[i], &error)) {
-            printf("  %-44s %s\n", cases[i], error.message);
-            fflush(stdout);
-            failed = 1;
-        }
-    }
-    return failed;
+    return bench_run_cases(options, report, BENCH_DECODING, bench_cases(options, cpu, cuda), run_case);
 }

@@ -381,9 +381,11 @@ static const struct kernel_ops *wrap(const struct kernel_ops *ops)
     return wrapper;
 }
 
-static void forget(void)
+/* What was called so far is not counted. */
+static void forget(struct kernel_device *device)
 {
-    profile.n_rows = profile.n_calls = 0;
+    collect(device);
+    profile.n_rows = 0;
 }
 
 /* ---- the mode ---- */
@@ -425,20 +427,25 @@ static void print_rows(struct bench_report *report, double step)
     fflush(stdout);
 }
 
-static int run(struct bench_report *report, struct bench_steps *steps, struct bench_bed *bed,
-               const struct bench_case *wanted, struct error *error)
+static int run_case(const struct bench_options *options, struct bench_report *report,
+                    const struct bench_case *wanted, struct error *error)
 {
+    struct bench_steps steps = wanted->decode ? bench_decoding_steps : bench_training_steps;
+    struct bench_bed bed = {0};
     char title[256];
-    int code = steps->open(steps, wanted, bed, error);
+    int code = bench_bed_open(options, wanted, wrap(bench_backend(options)), &bed, error);
+    if (!code)
+        code = steps.open(&steps, wanted, &bed, error);
     for (int i = 0; i < WARM_STEPS && !code; i++)
-        code = steps->step(steps, error);
-    collect(bed->device);
-    forget();
+        code = steps.step(&steps, error);
+    if (!code)
+        forget(bed.device);
     double began = bench_now();
     for (int i = 0; i < STEPS && !code; i++)
-        code = steps->step(steps, error);
+        code = steps.step(&steps, error);
     double step = (bench_now() - began) / STEPS;
-    collect(bed->device);
+    if (!code)
+        collect(bed.device);
     if (!code && profile.status)
         code = error_set(error, ERROR_DEVICE, "marks: %s", kernel_status_text(profile.status));
     if (!code) {
@@ -446,35 +453,21 @@ static int run(struct bench_report *report, struct bench_steps *steps, struct be
         bench_title(report, title);
         print_rows(report, step);
     }
-    steps->close(steps);
+    steps.close(&steps);
+    bench_bed_close(&bed);
     return code;
 }
 
 int bench_ops(const struct bench_options *options, struct bench_report *report)
 {
-    static const char *const cpu_cases[] = {"hatchling 8x256 lora", "hatchling 1x64 decode",
-                                            "hatchling 16x64 decode"};
-    static const char *const cuda_cases[] = {"130m 64x512 lora projections bf16",
-                                             "1.4b 8x512 lora projections bf16", "130m 1x128 decode bf16",
-                                             "2.8b 64x128 decode bf16"};
-    const char *const *cases = options->n_cases ? options->cases : options->cuda ? cuda_cases : cpu_cases;
-    int n_cases = options->n_cases ? options->n_cases : options->cuda ? 4 : 3, failed = 0;
-    for (int i = 0; i < n_cases; i++) {
-        struct bench_case wanted;
-        struct bench_bed bed = {0};
-        struct error error = {0};
-        int code = bench_case_parse(cases[i], &wanted, &error);
-        if (!code)
-            code = bench_bed_open(options, &wanted, wrap(bench_backend(options)), &bed, &error);
-        if (!code) {
-            struct bench_steps steps = wanted.decode ? bench_decoding_steps : bench_training_steps;
-            code = run(report, &steps, &bed, &wanted, &error);
-        }
-        bench_bed_close(&bed);
-        if (code) {
-            fprintf(stderr, "adderd-bench: ops: %s: %s\n", cases[i], error.message);
-            failed = 1;
-        }
-    }
-    return failed;
+    static const char *const cpu[] = {"hatchling 8x256 lora", "hatchling 1x64 decode",
+                                      "hatchling 16x64 decode", NULL};
+    static const char *const cuda[] = {"130m 64x512 lora projections bf16",
+                                       "1.4b 8x512 lora projections bf16",
+                                       "130m 64x512 full bf16",
+                                       "130m 1x128 decode",
+                                       "2.8b 64x128 decode",
+                                       NULL};
+    return bench_run_cases(options, report, BENCH_TRAINING | BENCH_DECODING, bench_cases(options, cpu, cuda),
+                           run_case);
 }

@@ -158,18 +158,15 @@ static int report_case(struct bench_report *report, const struct bench_case *wan
     return 0;
 }
 
-static int run_case(const struct bench_options *options, struct bench_report *report, const char *text,
-                    struct error *error)
+static int run_case(const struct bench_options *options, struct bench_report *report,
+                    const struct bench_case *wanted, struct error *error)
 {
-    struct bench_case wanted;
     struct bench_bed bed = {0};
     struct bench_steps steps = bench_training_steps;
     double seconds[STEPS];
-    int code = bench_case_parse(text, &wanted, error);
+    int code = bench_bed_open(options, wanted, bench_backend(options), &bed, error);
     if (!code)
-        code = bench_bed_open(options, &wanted, bench_backend(options), &bed, error);
-    if (!code)
-        code = steps.open(&steps, &wanted, &bed, error);
+        code = steps.open(&steps, wanted, &bed, error);
     int warm = WARM_STEPS, n_steps = STEPS;
     for (int i = 0; i < warm + n_steps && !code; i++) {
         double began = bench_now();
@@ -181,58 +178,45 @@ static int run_case(const struct bench_options *options, struct bench_report *re
             seconds[i - warm] = taken;
     }
     if (!code)
-        code = report_case(report, &wanted, steps.state, bench_median(seconds, n_steps), error);
+        code = report_case(report, wanted, steps.state, bench_median(seconds, n_steps), error);
     steps.close(&steps);
     bench_bed_close(&bed);
     return code;
 }
 
-/* A case that fails is one row less: the others are still worth having. */
 static int run_cases(const struct bench_options *options, struct bench_report *report, const char *title,
-                     const char *const *cases, int n_cases)
+                     const char *const *cases)
 {
-    int failed = 0;
     bench_title(report, title);
     printf("  %-44s %9s %10s %9s %9s %9s %8s %9s %8s %6s\n", "", "ms a step", "tokens/s", "peak GiB",
            "planned", "kB/token", "ceiling", "recompute", "loss", "load s");
-    for (int i = 0; i < n_cases; i++) {
-        struct error error = {0};
-        if (run_case(options, report, cases[i], &error)) {
-            printf("  %-44s %s\n", cases[i], error.message);
-            fflush(stdout);
-            failed = 1;
-        }
-    }
-    return failed;
+    return bench_run_cases(options, report, BENCH_TRAINING, cases, run_case);
 }
 
 int bench_train(const struct bench_options *options, struct bench_report *report)
 {
-    static const char *const cpu_cases[] = {"hatchling 8x256 lora"};
-    static const char *const cuda_cases[] = {"130m 16x512 lora projections bf16",
-                                             "130m 64x512 lora projections bf16",
-                                             "370m 16x512 lora projections bf16",
-                                             "790m 8x512 lora projections bf16",
-                                             "1.4b 8x512 lora projections bf16",
-                                             "2.8b 8x512 lora projections bf16",
-                                             "130m 8x2048 lora projections bf16",
-                                             "130m 1x16384 lora projections bf16",
-                                             "130m 16x512 full bf16",
-                                             "130m 64x512 full bf16",
-                                             "790m 8x512 full bf16",
-                                             "1.4b 8x512 full bf16",
-                                             "2.8b 8x512 full bf16",
-                                             "130m 16x512 full fp32",
-                                             "130m 64x512 full fp32",
-                                             "790m 8x512 full fp32",
-                                             "1.4b 8x512 full fp32",
-                                             "2.8b 8x512 full fp32",
-                                             "790m 8x512 full tf32"};
-    const char *const *cases = options->n_cases ? options->cases : options->cuda ? cuda_cases : cpu_cases;
-    int n_cases = options->n_cases ? options->n_cases
-                  : options->cuda  ? (int)(sizeof cuda_cases / sizeof *cuda_cases)
-                                   : 1;
-    return run_cases(options, report, "train", cases, n_cases);
+    static const char *const cpu[] = {"hatchling 8x256 lora", NULL};
+    static const char *const cuda[] = {"130m 16x512 lora projections bf16",
+                                       "130m 64x512 lora projections bf16",
+                                       "370m 16x512 lora projections bf16",
+                                       "790m 8x512 lora projections bf16",
+                                       "1.4b 8x512 lora projections bf16",
+                                       "2.8b 8x512 lora projections bf16",
+                                       "130m 8x2048 lora projections bf16",
+                                       "130m 1x16384 lora projections bf16",
+                                       "130m 16x512 full bf16",
+                                       "130m 64x512 full bf16",
+                                       "790m 8x512 full bf16",
+                                       "1.4b 8x512 full bf16",
+                                       "2.8b 8x512 full bf16",
+                                       "130m 16x512 full fp32",
+                                       "130m 64x512 full fp32",
+                                       "790m 8x512 full fp32",
+                                       "1.4b 8x512 full fp32",
+                                       "2.8b 8x512 full fp32",
+                                       "790m 8x512 full tf32",
+                                       NULL};
+    return run_cases(options, report, "train", bench_cases(options, cpu, cuda));
 }
 
 int bench_paper(const struct bench_options *options, struct bench_report *report)
@@ -242,7 +226,7 @@ int bench_paper(const struct bench_options *options, struct bench_report *report
     static const char *const adaptations[] = {"full", "lora sll", "lora all"};
     enum { N = 5 * 3 * BENCH_PRECISIONS };
     char texts[N][96];
-    const char *cases[N];
+    const char *cases[N + 1] = {NULL};
     int n = 0;
     for (int shape = 0; shape < 5; shape++)
         for (int adaptation = 0; adaptation < 3; adaptation++)
@@ -251,18 +235,18 @@ int bench_paper(const struct bench_options *options, struct bench_report *report
                          training_precision_name((enum precision)precision));
                 cases[n] = texts[n];
             }
-    return run_cases(options, report, "precisions and adaptations", cases, n);
+    return run_cases(options, report, "precisions and adaptations", cases);
 }
 
 int bench_growth(const struct bench_options *options, struct bench_report *report)
 {
-    enum { TOKENS = 65536, SHORTEST = 512 };
-    char texts[16][96];
-    const char *cases[16];
-    int n = 0;
-    for (int length = SHORTEST; length <= TOKENS; length *= 2, n++) {
-        snprintf(texts[n], sizeof texts[n], "130m %dx%d lora projections bf16", TOKENS / length, length);
-        cases[n] = texts[n];
+    enum { TOKENS = 65536, SHORTEST = 512, LENGTHS = 8 };
+    char texts[LENGTHS][96];
+    const char *cases[LENGTHS + 1] = {NULL};
+    int length = SHORTEST;
+    for (int i = 0; i < LENGTHS; i++, length *= 2) {
+        snprintf(texts[i], sizeof texts[i], "130m %dx%d lora projections bf16", TOKENS / length, length);
+        cases[i] = texts[i];
     }
-    return run_cases(options, report, "growth with length", cases, n);
+    return run_cases(options, report, "growth with length", cases);
 }
