@@ -76,6 +76,11 @@ struct bench_report {
     struct bench_table *tables;
     int n_tables;
     bool failed; /* out of memory: the JSON would be incomplete */
+    struct {
+        char model[64];
+        int64_t batch, length;
+        double rate, bytes; /* tokens a second, bytes a token */
+    } full_fp32; /* the last full fine-tune in fp32: what others of the same model and shape beat */
 };
 
 /* Seconds of a monotonic clock. */

@@ -141,20 +141,34 @@ static int report_case(struct bench_report *report, const struct bench_case *wan
     const struct bench_bed *bed = training->bed;
     if (bed->ops->device_query(bed->device, &info))
         return error_set(error, ERROR_DEVICE, "cannot query the device");
-    double tokens = (double)training->batch->n_tokens, peak = (double)info.peak_bytes;
+    double tokens = (double)training->batch->n_tokens, rate = tokens / step;
+    double peak = (double)info.peak_bytes, bytes = peak / tokens;
     double flop =
         (wanted->adaptation == ADAPT_FULL ? 6 : 4) * (double)model_parameter_count(bed->model) * tokens;
     double share = flop / step / report->machine.matrix[wanted->precision];
-    printf("  %-44s %9.2f %10.0f %9.3f %9.3f %9.1f %7.1f%% %9" PRId64 " %8.3f %6.1f\n", wanted->text,
-           1e3 * step, tokens / step, peak / 0x1p30, (double)training->planned_bytes / 0x1p30,
-           peak / tokens / 1e3, 100 * share, training->recompute, training->loss, bed->load_seconds);
+    if (wanted->adaptation == ADAPT_FULL && wanted->precision == PRECISION_FP32) {
+        memcpy(report->full_fp32.model, wanted->model, sizeof wanted->model);
+        report->full_fp32.batch = wanted->batch, report->full_fp32.length = wanted->length;
+        report->full_fp32.rate = rate, report->full_fp32.bytes = bytes;
+    }
+    printf("  %-44s %9.2f %9.0f %8.3f %8.3f %9.1f %6.1f%% %9" PRId64 " %7.3f %6.1f", wanted->text, 1e3 * step,
+           rate, peak / 0x1p30, (double)training->planned_bytes / 0x1p30, bytes / 1e3, 100 * share,
+           training->recompute, training->loss, bed->load_seconds);
+    json_t *row = json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:f, s:f}", "case", wanted->text,
+                            "step_seconds", step, "tokens_per_second", rate, "peak_bytes", peak,
+                            "planned_bytes", (double)training->planned_bytes, "bytes_per_token", bytes,
+                            "ceiling_share", share, "recompute", (json_int_t)training->recompute, "loss",
+                            training->loss, "load_seconds", bed->load_seconds);
+    if (!strcmp(report->full_fp32.model, wanted->model) && report->full_fp32.batch == wanted->batch &&
+        report->full_fp32.length == wanted->length) {
+        double faster = rate / report->full_fp32.rate, saved = 1 - bytes / report->full_fp32.bytes;
+        printf(" %8.2fx %8.1f%%", faster, 100 * saved);
+        json_object_set_new(row, "speed_over_full_fp32", json_real(faster));
+        json_object_set_new(row, "bytes_saved_of_full_fp32", json_real(saved));
+    }
+    printf("\n");
     fflush(stdout);
-    bench_keep(report,
-               json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:f, s:f}", "case", wanted->text,
-                         "step_seconds", step, "tokens_per_second", tokens / step, "peak_bytes", peak,
-                         "planned_bytes", (double)training->planned_bytes, "bytes_per_token", peak / tokens,
-                         "ceiling_share", share, "recompute", (json_int_t)training->recompute, "loss",
-                         training->loss, "load_seconds", bed->load_seconds));
+    bench_keep(report, row);
     return 0;
 }
 
@@ -188,8 +202,8 @@ static int run_cases(const struct bench_options *options, struct bench_report *r
                      const char *const *cases)
 {
     bench_title(report, title);
-    printf("  %-44s %9s %10s %9s %9s %9s %8s %9s %8s %6s\n", "", "ms a step", "tokens/s", "peak GiB",
-           "planned", "kB/token", "ceiling", "recompute", "loss", "load s");
+    printf("  %-44s %9s %9s %8s %8s %9s %7s %9s %7s %6s %9s %9s\n", "", "ms a step", "tokens/s", "peak GiB",
+           "planned", "kB/token", "ceiling", "recompute", "loss", "load s", "full fp32", "saved");
     return bench_run_cases(options, report, BENCH_TRAINING, cases, run_case);
 }
 
