@@ -189,15 +189,18 @@ struct embedding_backward_args {
 
 /* ---- RMSNorm with residual ---- */
 
-/* r = residual + x (x may be NULL: r = residual); y = r / sqrt(mean(r^2) + eps) * weight.
- * The residual stream is fp32 always. residual_out may be residual (in place). */
+/* r = residual + x (one of them may be NULL); y = r / sqrt(mean(r^2) + eps) * weight. The residual stream is fp32
+ * always. residual_out may be residual (in place).
+ * With `kept`, y and rstd are of r as `act` holds it, which is what is kept: half the memory of the stream, and the
+ * backward, or this op once more on x = kept alone, sees to the bit what the forward saw. */
 struct rmsnorm_forward_args {
     int64_t rows, d;
     const void *x;         /* [rows,d] or NULL */
-    const float *residual; /* [rows,d] */
+    const float *residual; /* [rows,d] or NULL */
     const float *weight;   /* [d] */
     float eps;
-    float *residual_out; /* [rows,d] */
+    float *residual_out; /* [rows,d]: r; NULL where residual is NULL */
+    void *kept;          /* [rows,d]: r, rounded; or NULL */
     void *y;             /* [rows,d] */
     float *rstd;         /* [rows], kept for the backward, or NULL */
     enum kernel_type act;
@@ -208,10 +211,11 @@ struct rmsnorm_forward_args {
 struct rmsnorm_backward_args {
     int64_t rows, d;
     const void *dy;    /* [rows,d] */
-    const float *r;    /* [rows,d]: residual_out of the forward */
+    const void *r;     /* [rows,d]: kept of the forward, or its residual_out where act is F32 */
     const float *rstd; /* [rows] */
     const float *weight;
     float *dresidual; /* [rows,d] in and out */
+    void *dx;         /* [rows,d]: dresidual once more, rounded, for x; or NULL; may be dy (in place) */
     float *dweight;   /* [d] accumulates, or NULL */
     void *workspace;
     enum kernel_type act;

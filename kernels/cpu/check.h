@@ -79,7 +79,9 @@ static inline int check_embedding_backward(const struct embedding_backward_args 
 
 static inline int check_rmsnorm_forward(const struct rmsnorm_forward_args *n)
 {
-    return check_valid(n->rows >= 0 && n->d > 0, n->act);
+    return check_valid(n->rows >= 0 && n->d > 0 &&
+                           (n->residual != NULL || (n->x != NULL && n->residual_out == NULL)),
+                       n->act);
 }
 
 static inline int check_rmsnorm_backward(const struct rmsnorm_backward_args *n)

@@ -1,5 +1,6 @@
 /* reference_train.c: RMSNorm with residual, head with its loss, AdamW, gradient norm. See reference.c. */
 #include <math.h>
+#include <string.h>
 
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/convert.h"
@@ -12,12 +13,16 @@ int reference_rmsnorm_forward(struct kernel_device *device, const struct rmsnorm
     if (status != KERNEL_OK)
         return status;
     const float *x = n->x;
-    float *y = n->y;
+    float *y = n->y, *kept = n->kept;
     for (int64_t t = 0; t < n->rows; t++) {
-        float *r = n->residual_out + t * n->d;
+        const float *r = n->residual != NULL ? n->residual_out + t * n->d : x + t * n->d;
         double squares = 0;
         for (int64_t i = 0; i < n->d; i++) {
-            r[i] = n->residual[t * n->d + i] + (x != NULL ? x[t * n->d + i] : 0.0f);
+            int64_t at = t * n->d + i;
+            if (n->residual != NULL)
+                n->residual_out[at] = n->residual[at] + (x != NULL ? x[at] : 0.0f);
+            if (kept != NULL)
+                kept[at] = r[i];
             squares += (double)r[i] * (double)r[i];
         }
         double rstd = 1.0 / sqrt(squares / (double)n->d + (double)n->eps);
@@ -45,7 +50,7 @@ int reference_rmsnorm_backward(struct kernel_device *device, const struct rmsnor
         return status;
     const float *dy = n->dy;
     for (int64_t t = 0; t < n->rows; t++) {
-        const float *r = n->r + t * n->d;
+        const float *r = (const float *)n->r + t * n->d;
         double rstd = (double)n->rstd[t], mean = 0;
         for (int64_t i = 0; i < n->d; i++)
             mean += (double)dy[t * n->d + i] * (double)n->weight[i] * (double)r[i] * rstd;
@@ -59,9 +64,12 @@ int reference_rmsnorm_backward(struct kernel_device *device, const struct rmsnor
     for (int64_t i = 0; n->dweight != NULL && i < n->d; i++) {
         double sum = 0;
         for (int64_t t = 0; t < n->rows; t++)
-            sum += (double)dy[t * n->d + i] * (double)n->r[t * n->d + i] * (double)n->rstd[t];
+            sum +=
+                (double)dy[t * n->d + i] * (double)((const float *)n->r)[t * n->d + i] * (double)n->rstd[t];
         n->dweight[i] = (float)((double)n->dweight[i] + sum);
     }
+    if (n->dx != NULL)
+        memcpy(n->dx, n->dresidual, (size_t)(n->rows * n->d) * sizeof(float));
     return KERNEL_OK;
 }
 

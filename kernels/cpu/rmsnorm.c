@@ -23,6 +23,8 @@ struct forward_task {
 
 VEC_INLINE vec residual_sum(const float *x, const float *residual, int64_t i, int64_t n)
 {
+    if (residual == NULL)
+        return vec_load_n(x + i, n);
     vec r = vec_load_n(residual + i, n);
     if (x != NULL)
         r += vec_load_n(x + i, n);
@@ -33,18 +35,21 @@ static void forward_row(const struct rmsnorm_forward_args *a, int64_t row)
 {
     int64_t d = a->d, whole = d / VEC_LANES * VEC_LANES;
     const float *x = a->x != NULL ? (const float *)a->x + row * d : NULL;
-    const float *residual = a->residual + row * d;
-    float *r = a->residual_out + row * d, *y = (float *)a->y + row * d;
+    const float *residual = a->residual != NULL ? a->residual + row * d : NULL;
+    float *out = a->residual != NULL ? a->residual_out + row * d : NULL, *y = (float *)a->y + row * d;
+    const float *r = out != NULL ? out : x;
 
     vec squares = vec_set1(0.0f);
     for (int64_t i = 0; i < whole; i += VEC_LANES) {
         vec v = residual_sum(x, residual, i, VEC_LANES);
-        vec_store(r + i, v);
+        if (out != NULL)
+            vec_store(out + i, v);
         squares = vec_fma(v, v, squares);
     }
     if (whole < d) {
         vec v = residual_sum(x, residual, whole, d - whole);
-        vec_store_n(r + whole, v, d - whole);
+        if (out != NULL)
+            vec_store_n(out + whole, v, d - whole);
         squares = vec_fma(v, v, squares);
     }
     float rstd = 1.0f / sqrtf(vec_sum(squares) / (float)d + a->eps);
@@ -54,6 +59,8 @@ static void forward_row(const struct rmsnorm_forward_args *a, int64_t row)
         vec v = vec_load_n(r + whole, d - whole) * rstd * vec_load_n(a->weight + whole, d - whole);
         vec_store_n(y + whole, v, d - whole);
     }
+    if (a->kept != NULL)
+        memcpy((float *)a->kept + row * d, r, (size_t)d * sizeof *r);
     if (a->rstd != NULL)
         a->rstd[row] = rstd;
 }
@@ -95,7 +102,7 @@ VEC_INLINE vec weighted(const struct rmsnorm_backward_args *a, const float *dy, 
 static void backward_row(const struct rmsnorm_backward_args *a, int64_t row, float *partial)
 {
     int64_t d = a->d;
-    const float *dy = (const float *)a->dy + row * d, *r = a->r + row * d;
+    const float *dy = (const float *)a->dy + row * d, *r = (const float *)a->r + row * d;
     float *dresidual = a->dresidual + row * d, rstd = a->rstd[row];
 
     vec sum = vec_set1(0.0f);
@@ -113,6 +120,8 @@ static void backward_row(const struct rmsnorm_backward_args *a, int64_t row, flo
             vec_store_n(partial + i, vec_fma(vec_load_n(dy + i, n), h, vec_load_n(partial + i, n)), n);
         }
     }
+    if (a->dx != NULL)
+        memcpy((float *)a->dx + row * d, dresidual, (size_t)d * sizeof *dresidual);
 }
 
 static void backward_rows(void *arg, int64_t index, int thread)

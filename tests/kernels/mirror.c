@@ -187,8 +187,8 @@ MIRROR(linear_backward, A(x), A(dy), A(u), A(dx), R(layer.weight), R(layer.a), R
        R(dbias), R(da), R(db), R(workspace))
 MIRROR(embedding_forward, R(ids), R(table), R(lora_a), R(lora_b), A(y))
 MIRROR(embedding_backward, R(ids), A(dy), R(dtable), R(lora_a), R(lora_b), R(da), R(db))
-MIRROR(rmsnorm_forward, A(x), R(residual), R(weight), R(residual_out), A(y), R(rstd))
-MIRROR(rmsnorm_backward, A(dy), R(r), R(rstd), R(weight), R(dresidual), R(dweight), R(workspace))
+MIRROR(rmsnorm_forward, A(x), R(residual), R(weight), R(residual_out), A(kept), A(y), R(rstd))
+MIRROR(rmsnorm_backward, A(dy), A(r), R(rstd), R(weight), R(dresidual), A(dx), R(dweight), R(workspace))
 MIRROR(conv_forward, A(x), R(weight), R(bias), R(initial.pool), R(final.pool), A(y))
 MIRROR(conv_backward, A(x), R(weight), R(bias), A(dy), A(dx), R(dweight), R(dbias))
 MIRROR(scan_forward, A(x), A(dt), R(a), A(b), A(c), R(d), R(dt_bias), A(z), R(initial.pool), R(final.pool),

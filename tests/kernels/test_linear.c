@@ -412,7 +412,7 @@ static void test_embedding(void **state)
 
 struct rmsnorm_case {
     int64_t rows, d;
-    bool with_x, in_place, with_rstd, with_dweight;
+    bool with_x, in_place, with_rstd, with_dweight, with_kept;
 };
 
 static void rmsnorm_case(struct session *s, const void *param)
@@ -432,7 +432,21 @@ static void rmsnorm_case(struct session *s, const void *param)
         .y = output_floats(s, "y", p->rows * p->d, ELEMENTWISE),
         .rstd = p->with_rstd ? output_floats(s, "rstd", p->rows, ELEMENTWISE) : NULL,
     };
+    if (p->with_kept) {
+        f.kept = output_floats(s, "kept", p->rows * p->d, ELEMENTWISE);
+        mark_activation(s, f.kept);
+    }
     assert_int_equal(s->ops->rmsnorm_forward(s->device, &f), KERNEL_OK);
+    struct rmsnorm_forward_args alone = {
+        .rows = p->rows,
+        .d = p->d,
+        .x = input_floats(s, "x alone", p->rows * p->d, -1, 1),
+        .weight = f.weight,
+        .eps = 1e-5f,
+        .y = output_floats(s, "y alone", p->rows * p->d, ELEMENTWISE),
+        .rstd = p->with_rstd ? output_floats(s, "rstd alone", p->rows, ELEMENTWISE) : NULL,
+    };
+    assert_int_equal(s->ops->rmsnorm_forward(s->device, &alone), KERNEL_OK);
     struct rmsnorm_backward_args b = {
         .rows = p->rows,
         .d = p->d,
@@ -441,6 +455,7 @@ static void rmsnorm_case(struct session *s, const void *param)
         .rstd = input_floats(s, "rstd_in", p->rows, 0.2f, 2),
         .weight = f.weight,
         .dresidual = accumulated_rows(s, "dresidual", p->rows, p->d, p->d, SUMMED),
+        .dx = p->with_kept ? output_floats(s, "dx", p->rows * p->d, SUMMED) : NULL,
         .dweight = p->with_dweight ? accumulated_rows(s, "dweight", 1, p->d, p->d, SUMMED) : NULL,
         .workspace = scratch_bytes(s, "workspace", s->ops->rmsnorm_backward_workspace(p->rows, p->d)),
     };
@@ -451,15 +466,16 @@ static void test_rmsnorm(void **state)
 {
     (void)state;
     static const int64_t rows[] = {0, 1, 3, 63, 64, 65, 151, 1134};
-    static const int64_t widths[] = {1, 15, 64, 77};
+    static const int64_t widths[] = {1, 15, 64, 77, 768, 1600, 2560, 6400};
     for (int i = 0; i < 8; i++) {
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < (rows[i] > 151 ? 5 : 8); j++) {
             struct rmsnorm_case p = {.rows = rows[i],
                                      .d = widths[j],
                                      .with_x = (i + j) % 3 != 0,
                                      .in_place = (i + j) % 2 == 0,
                                      .with_rstd = j != 2,
-                                     .with_dweight = j != 1};
+                                     .with_dweight = j != 1,
+                                     .with_kept = (i + j) % 4 < 2};
             compare_backends(rmsnorm_case, &p, "rmsnorm %lldx%lld", (long long)p.rows, (long long)p.d);
         }
     }
