@@ -47,7 +47,7 @@ struct family {
     void (*runner_plan)(const struct model_config *config, int64_t max_tokens, int32_t max_seqs,
                         const struct kernel_ops *ops, struct plan *plan);
     /* The layers between the embeddings and the head, on input that pass.c has checked; the embeddings, the
-     * head and the loss are pass.c's. Forward: from PASS_RESIDUAL's first to PASS_NORMED. Backward: from
+     * head and the loss are pass.c's. Forward: from PASS_RESIDUAL to PASS_NORMED. Backward: from
      * PASS_ROWS to PASS_DRESIDUAL, stopping early below the lowest layer that trains. */
     int (*pass_forward)(struct pass *pass, const struct batch *batch, const struct pass_options *options,
                         struct error *error);

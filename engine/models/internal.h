@@ -108,11 +108,11 @@ void linear_bind(struct linear *linear, const struct model *model, const struct 
 
 /* Buffers that every family's pass has, of the pass's type where no other is named. [T,d] ones are free for the family between the steps named here. */
 enum pass_buffer {
-    PASS_IDS,     /* [T] i32 */
-    PASS_TARGETS, /* [T] i32: of the rows that the head sees, back to back */
-    PASS_SUMS,    /* loss_sum f64, n_correct i64 since the last pass_collect() */
-    PASS_RESIDUAL, /* [n_layers+1,T,d] fp32: the residual stream that enters each layer, and the one that leaves */
-    PASS_NORMED, /* [T,d]: the latest norm's output; the hidden states after the family's forward */
+    PASS_IDS,      /* [T] i32 */
+    PASS_TARGETS,  /* [T] i32: of the rows that the head sees, back to back */
+    PASS_SUMS,     /* loss_sum f64, n_correct i64 since the last pass_collect() */
+    PASS_RESIDUAL, /* [T,d] fp32: the embeddings when the family's forward begins */
+    PASS_NORMED,   /* [T,d]: the latest norm's output; the hidden states after the family's forward */
     PASS_ROWS, /* [T,d]: free in the family's forward; d(hidden) when its backward begins, free after that */
     PASS_DRESIDUAL, /* [T,d] fp32: zero when the family's backward begins, d(embeddings) when it ends */
     PASS_SCRATCH,   /* the largest workspace of any op */

@@ -92,6 +92,7 @@ int layer_norm(const struct layer_flow *flow, const float *weight)
                                         .weight = weight,
                                         .eps = flow->model->config.norm_eps,
                                         .residual_out = flow->residual_out,
+                                        .kept = flow->kept,
                                         .y = flow->normed,
                                         .rstd = flow->rstd,
                                         .act = flow->act};

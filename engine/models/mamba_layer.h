@@ -21,8 +21,9 @@ struct layer_flow {
     const int32_t *seq_starts;
     struct state_view conv_state, scan_state;
     const void *x;         /* what is added to the residual stream, or NULL */
-    const float *residual; /* may be residual_out */
+    const float *residual; /* may be residual_out, or NULL */
     float *residual_out, *rstd, *chunk_states;
+    void *kept; /* the residual stream in `act`, or NULL */
     void *normed, *xz, *xc, *x_dbl, *dt, *y, *output;
     void *u; /* [projections that LoRA adapts][max tokens][rank] of this layer, in training */
     int64_t u_stride;

@@ -2,7 +2,8 @@
  *
  * Kept of each layer: r, 1/rms, xz, x_dbl and a scan state every SCAN_CHUNK tokens, and what LoRA keeps. rmsnorm(r),
  * xc and dt cost little beside the products and are computed again in the backward; y comes out of the scan's backward
- * once more. Letters as in mamba_layer.c.
+ * once more. Letters as in mamba_layer.c. Under F32 each r stays where its sum was made and the stream moves on from
+ * buffer to buffer; in 16 bits the stream is one fp32 buffer, and what is kept is r rounded, as the norm took it.
  *
  * Recomputation. Level k <= n_layers-1: k layers do without an xz of their own (one more product in the backward for
  * 2c elements a token). Beyond: k - (n_layers-1) of them do without x_dbl and chunk states, too (a whole layer but
@@ -14,19 +15,20 @@
 #include <inttypes.h>
 
 enum {
-    PASS_RSTD = PASS_FAMILY, /* [n_layers+1,T] fp32 */
-    PASS_XZ,                 /* [slots,T,2c] */
-    PASS_X_DBL,              /* [slots,T,R+2n] */
-    PASS_CHUNKS,             /* [slots,chunks,n,c] fp32 */
-    PASS_U,                  /* [n_layers,projections,T,rank] */
-    PASS_Y,                  /* [T,c] */
-    PASS_DY,                 /* [T,c] */
-    PASS_XC,                 /* [T,c] */
-    PASS_DT,                 /* [T,c] */
-    PASS_DXC,                /* [T,c] */
-    PASS_DDT,                /* [T,c] */
-    PASS_DXZ,                /* [T,2c] */
-    PASS_DX_DBL,             /* [T,R+2n] */
+    PASS_R = PASS_FAMILY, /* [n_layers+1,T,d]; under F32 without layer 0's, which is PASS_RESIDUAL */
+    PASS_RSTD,            /* [n_layers+1,T] fp32 */
+    PASS_XZ,              /* [slots,T,2c] */
+    PASS_X_DBL,           /* [slots,T,R+2n] */
+    PASS_CHUNKS,          /* [slots,chunks,n,c] fp32 */
+    PASS_U,               /* [n_layers,projections,T,rank] */
+    PASS_Y,               /* [T,c] */
+    PASS_DY,              /* [T,c] */
+    PASS_XC,              /* [T,c] */
+    PASS_DT,              /* [T,c] */
+    PASS_DXC,             /* [T,c] */
+    PASS_DDT,             /* [T,c] */
+    PASS_DXZ,             /* [T,2c] */
+    PASS_DX_DBL,          /* [T,R+2n] */
 };
 
 static int64_t max_chunks(int64_t tokens, int32_t seqs)
@@ -78,6 +80,8 @@ void mamba_pass_plan(const struct model_config *c, const struct plan_request *re
     const int64_t tokens = request->max_tokens, layers = c->n_layers, level = request->recompute;
     const int64_t inner = tokens * c->d_inner, width = tokens * (c->dt_rank + 2 * c->d_state);
     const int64_t rank = request->adaptation == ADAPT_LORA ? request->lora.rank : 0;
+    plan_add(plan, PASS_R, PLAN_ACTIVATION, (layers + (request->act != TYPE_F32)) * tokens * c->d_model,
+             size);
     plan_add(plan, PASS_RSTD, PLAN_ACTIVATION, (layers + 1) * tokens, f);
     plan_add(plan, PASS_XZ, PLAN_ACTIVATION, xz_slots(c, level) * 2 * inner, size);
     plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, scan_slots(c, level) * width, size);
@@ -113,7 +117,6 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
     const int64_t stored = layer < c->n_layers ? layer : 0;
     const int64_t xz_slot = slot_of(stored, xz_slots(c, request->recompute));
     const int64_t scan_slot = slot_of(stored, scan_slots(c, request->recompute));
-    float *residual = (float *)at[PASS_RESIDUAL] + layer * tokens * d;
     struct layer_flow flow = {
         .model = model,
         .adapter = adapter,
@@ -128,8 +131,8 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
         .n_seqs = batch->n_seqs,
         .seq_starts = batch->seq_starts,
         .x = layer ? at[PASS_ROWS] : NULL,
-        .residual = layer ? residual - tokens * d : residual,
-        .residual_out = residual,
+        .residual = at[PASS_RESIDUAL],
+        .residual_out = at[PASS_RESIDUAL],
         .rstd = (float *)at[PASS_RSTD] + layer * tokens,
         .normed = at[PASS_NORMED],
         .xz = element_at(at[PASS_XZ], xz_slot * tokens * 2 * inner, act),
@@ -141,6 +144,12 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
         .y = at[PASS_Y],
         .output = at[PASS_ROWS],
     };
+    if (act != TYPE_F32) {
+        flow.kept = element_at(at[PASS_R], layer * tokens * d, act);
+    } else if (layer) {
+        flow.residual_out = (float *)at[PASS_R] + (layer - 1) * tokens * d;
+        flow.residual = layer > 1 ? flow.residual_out - tokens * d : at[PASS_RESIDUAL];
+    }
     if (at[PASS_U]) {
         flow.u_stride = tokens * adapter->lora.rank;
         flow.u = element_at(at[PASS_U], stored * projections(adapter->lora.targets) * flow.u_stride, act);
@@ -170,24 +179,37 @@ int mamba_pass_forward(struct pass *pass, const struct batch *batch, const struc
 
 /* ---- backward ---- */
 
+/* r of the layer as its norm took it. */
+static const void *kept_r(const struct layer_flow *flow)
+{
+    return flow->act == TYPE_F32 ? (const void *)flow->residual_out : flow->kept;
+}
+
+/* The layer's norm once more, for whoever runs again what follows it. */
+static struct layer_flow repeated(const struct layer_flow *flow)
+{
+    struct layer_flow again = *flow;
+    again.x = kept_r(flow);
+    again.residual = NULL;
+    again.residual_out = NULL;
+    again.kept = NULL;
+    return again;
+}
+
 static int norm_backward(const struct pass *pass, const struct layer_flow *flow, struct weight_view weight)
 {
     struct rmsnorm_backward_args args = {.rows = flow->rows,
                                          .d = pass->model->config.d_model,
                                          .dy = pass->buffers[PASS_ROWS],
-                                         .r = flow->residual_out,
+                                         .r = kept_r(flow),
                                          .rstd = flow->rstd,
                                          .weight = weight.data,
                                          .dresidual = pass->buffers[PASS_DRESIDUAL],
+                                         .dx = flow->act == TYPE_F32 ? NULL : pass->buffers[PASS_ROWS],
                                          .dweight = weight.grad,
                                          .workspace = pass->buffers[PASS_SCRATCH],
                                          .act = flow->act};
-    const struct kernel_ops *ops = pass->model->ops;
-    int status = ops->rmsnorm_backward(pass->model->device, &args);
-    if (!status && flow->act != TYPE_F32)
-        status = ops->cast(pass->model->device, pass->buffers[PASS_ROWS], flow->act,
-                           pass->buffers[PASS_DRESIDUAL], TYPE_F32, flow->rows * args.d);
-    return status;
+    return pass->model->ops->rmsnorm_backward(pass->model->device, &args);
 }
 
 static float *layer_grad(const struct layer_flow *flow, enum layer_tensor kind)
@@ -312,12 +334,10 @@ static int restore(const struct pass *pass, const struct layer_flow *flow, bool 
 {
     const struct model_config *c = &pass->model->config;
     const int64_t level = pass->request.recompute;
-    struct layer_flow again = *flow;
+    const struct layer_flow again = repeated(flow);
     bool scan_lost = is_lost(c, flow->layer, scan_slots(c, level));
     int status = 0;
     *ret_normed = is_lost(c, flow->layer, xz_slots(c, level));
-    again.x = NULL; /* r is the sum already */
-    again.residual = flow->residual_out;
     if (*ret_normed)
         status = layer_enter(&again);
     if (!status)
@@ -400,9 +420,7 @@ static int layer_backward(const struct pass *pass, const struct layer_flow *flow
         return status;
     status = conv_backward(pass, flow);
     if (!status && !has_normed && adapter_trains(adapter, TARGET_IN_PROJ)) {
-        struct layer_flow again = *flow; /* rmsnorm(r) once more: r is already the sum */
-        again.x = NULL;
-        again.residual = flow->residual_out;
+        const struct layer_flow again = repeated(flow);
         status = layer_norm(&again, layer_weight(flow, NORM));
     }
     const struct projected in = {.which = TARGET_IN_PROJ,

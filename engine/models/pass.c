@@ -44,7 +44,7 @@ void pass_plan(const struct model *model, const struct plan_request *request, st
     plan_add(&plan, PASS_IDS, PLAN_ACTIVATION, tokens, sizeof(int32_t));
     plan_add(&plan, PASS_TARGETS, PLAN_ACTIVATION, tokens, sizeof(int32_t));
     plan_add(&plan, PASS_SUMS, PLAN_ACTIVATION, 1, sizeof(struct pass_sums));
-    plan_add(&plan, PASS_RESIDUAL, PLAN_ACTIVATION, (config->n_layers + 1) * stream, sizeof(float));
+    plan_add(&plan, PASS_RESIDUAL, PLAN_ACTIVATION, stream, sizeof(float));
     plan_add(&plan, PASS_NORMED, PLAN_WORKSPACE, stream, size);
     plan_add(&plan, PASS_ROWS, PLAN_WORKSPACE, stream, size);
     plan_add(&plan, PASS_DRESIDUAL, PLAN_WORKSPACE, stream, sizeof(float));
