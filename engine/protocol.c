@@ -20,6 +20,7 @@ static const struct {
     {FRAME_JOB_START, "job_start"},
     {FRAME_JOB_STOP, "job_stop"},
     {FRAME_SHUTDOWN, "shutdown"},
+    {FRAME_JOB_PLAN, "job_plan"},
     {FRAME_HELLO, "hello"},
     {FRAME_STATUS, "status"},
     {FRAME_LOADED, "loaded"},
@@ -37,6 +38,7 @@ static const struct {
     {FRAME_JOB_CHECKPOINT_DROPPED, "job_checkpoint_dropped"},
     {FRAME_JOB_ENDED, "job_ended"},
     {FRAME_FAULT, "fault"},
+    {FRAME_JOB_PLANNED, "job_planned"},
 };
 
 static const char *find_name(unsigned type)

@@ -33,6 +33,9 @@
  *     {"model","tokens": [int...]}
  *   TOKENIZER_INFO -> INFO | FAILED
  *     {"model"}
+ *   JOB_PLAN -> JOB_PLANNED | FAILED    before a job is accepted: FAILED with "no_memory" and what would fit when it
+ *                                   cannot fit on this device. The files are read where the answer depends on them
+ *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed"}
  *   JOB_VALIDATE -> JOB_VALIDATED | JOB_INVALID
  *     {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters","seed"}
  *   JOB_START -> JOB_* ... JOB_ENDED
@@ -47,8 +50,8 @@
  *
  *   HELLO                           first frame
  *     {"version","device","device_name","pid","threads","total_bytes","free_bytes"}
- *   STATUS                          every heartbeat_ms at most; the heartbeat
- *     {"total_bytes","free_bytes","resident_bytes","running","waiting","models": [id...]}
+ *   STATUS                          every heartbeat_ms at most; the heartbeat. allocated_bytes: by this process's ops
+ *     {"total_bytes","free_bytes","resident_bytes","allocated_bytes","running","waiting","models": [id...]}
  *   LOADED
  *     {"model": id,"family","vocab_size","parameters","weight_bytes","state_bytes","seconds"}
  *   CHUNK                           "tokens" only when logprobs were asked for; -inf is sent as -9999
@@ -61,6 +64,8 @@
  *   TOKENS {"tokens": [int...]}
  *   TEXT   {"text"}
  *   INFO   {"eos_token","bos_token","pad_token","chat_template"} strings or null
+ *   JOB_PLANNED                     weights included; at most so many, if the files were not read
+ *     {"planned_bytes"}
  *   JOB_VALIDATED
  *     {"job","attempt","examples","tokens","loss_tokens","validation_examples","total_steps","planned_bytes"}
  *   JOB_INVALID
@@ -71,7 +76,7 @@
  *   JOB_METRICS                     NaN and inf travel as null
  *     {"job","attempt","step","total_steps","train_loss","train_accuracy","valid_loss"|null,
  *     "valid_accuracy"|null,"learning_rate","grad_norm","tokens_per_second","trained_tokens","eta_seconds",
- *     "peak_memory_bytes","bytes_per_token"}
+ *     "planned_memory_bytes","peak_memory_bytes","bytes_per_token"}
  *   JOB_CHECKPOINT                  resumable_only: written for a pause or shutdown, not to be listed
  *     {"job","attempt","step","folder","train_loss","train_accuracy","valid_loss"|null,"valid_accuracy"|null,
  *     "best","resumable_only"}
@@ -109,6 +114,7 @@ enum frame_type {
     FRAME_JOB_START,
     FRAME_JOB_STOP,
     FRAME_SHUTDOWN,
+    FRAME_JOB_PLAN,
 
     FRAME_HELLO = 64,
     FRAME_STATUS,
@@ -127,6 +133,7 @@ enum frame_type {
     FRAME_JOB_CHECKPOINT_DROPPED,
     FRAME_JOB_ENDED,
     FRAME_FAULT,
+    FRAME_JOB_PLANNED,
 };
 
 struct frame {

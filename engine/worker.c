@@ -237,6 +237,10 @@ static void dispatch(struct worker *worker, struct frame *frame)
     case FRAME_UNLOAD:
         forget(worker, payload);
         break;
+    case FRAME_JOB_PLAN:
+        if (!worker_job_plan(worker, frame->id, payload, true))
+            status = put_off(worker, frame, &error);
+        break;
     case FRAME_JOB_VALIDATE:
     case FRAME_JOB_START:
     case FRAME_JOB_STOP:
@@ -262,6 +266,8 @@ static void handle_waiting(struct worker *worker)
     struct frame *frame = &waiting->frame;
     if (frame->type == FRAME_JOB_VALIDATE)
         worker_job_validate(worker, frame->id, frame->payload);
+    else if (frame->type == FRAME_JOB_PLAN)
+        worker_job_plan(worker, frame->id, frame->payload, false);
     else if (frame->type == FRAME_JOB_START)
         worker_job_start(worker, frame->payload);
     else if (frame->type == FRAME_JOB_STOP)
@@ -302,11 +308,12 @@ static void send_status(struct worker *worker)
         json_array_append_new(models, frame_text(model->id, strlen(model->id)));
     }
     worker_stream_send(&worker->stream, FRAME_STATUS, 0,
-                       json_pack("{s:I, s:I, s:I, s:i, s:i, s:o}", "total_bytes",
+                       json_pack("{s:I, s:I, s:I, s:I, s:i, s:i, s:o}", "total_bytes",
                                  (json_int_t)worker->device_info.total_bytes, "free_bytes",
                                  (json_int_t)worker->device_info.free_bytes, "resident_bytes",
-                                 (json_int_t)resident_bytes(worker), "running", running, "waiting", waiting,
-                                 "models", models));
+                                 (json_int_t)resident_bytes(worker), "allocated_bytes",
+                                 (json_int_t)worker->device_info.allocated_bytes, "running", running,
+                                 "waiting", waiting, "models", models));
 }
 
 /* Take in and give out frames, and the heartbeat when it is due. Returns 0 or why the process must end. */
@@ -447,6 +454,7 @@ static int open_device(struct worker *worker, struct error *error)
     if (status != KERNEL_OK)
         return error_set(error, ERROR_DEVICE, "device %s does not open: %s", name,
                          kernel_status_text(status));
+    worker->idle_bytes = worker->device_info.allocated_bytes;
     worker->models.ops = worker->ops;
     worker->models.device = worker->device;
     return 0;

@@ -31,6 +31,7 @@ struct worker {
     const struct kernel_ops *ops;
     struct kernel_device *device;
     struct kernel_device_info device_info;
+    int64_t idle_bytes; /* allocated_bytes of the device as it opened */
     struct loaded_models models;
     struct completion *completions;
     struct worker_job job;
@@ -57,6 +58,8 @@ void worker_complete(struct worker *worker, uint64_t id, const json_t *payload);
 void worker_cancel(struct worker *worker, uint64_t id);
 
 /* worker_job.c. Not from inside a trainer call. */
+/* Returns false, and has not answered, when it has to read files and may not: in_trainer. */
+bool worker_job_plan(struct worker *worker, uint64_t id, const json_t *payload, bool in_trainer);
 void worker_job_validate(struct worker *worker, uint64_t id, const json_t *payload);
 void worker_job_start(struct worker *worker, const json_t *payload);
 void worker_job_stop(struct worker *worker, const json_t *payload);

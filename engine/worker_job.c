@@ -72,6 +72,50 @@ static json_t *addressed(const char *name, int64_t attempt, json_t *more)
 
 /* ---- validation ---- */
 
+/* What a job on this model will find free beyond what is free now: by then other jobs are over, and models that nobody
+ * uses make room. */
+static int64_t reclaimable_bytes(const struct worker *worker, const struct loaded_model *model)
+{
+    struct kernel_device_info info;
+    if (worker->ops->device_query(worker->device, &info) != KERNEL_OK)
+        return 0;
+    int64_t bytes = info.allocated_bytes - worker->idle_bytes - model->device_bytes;
+    return bytes > 0 ? bytes : 0;
+}
+
+bool worker_job_plan(struct worker *worker, uint64_t id, const json_t *payload, bool in_trainer)
+{
+    struct job_order order = {.options.callbacks = {.arg = worker, .yield = worker_yield}};
+    struct trainer_inspection inspection = {0};
+    struct trainer_bad_lines bad;
+    struct loaded_model *model = NULL;
+    struct error error = {0};
+    int64_t planned_bytes = 0;
+    int status = read_address(payload, &order, &error);
+    if (!status)
+        status = read_order(payload, &order, &error);
+    if (!status)
+        status = take_model(worker, &order, &model, &error);
+    if (!status) {
+        order.options.reclaimable_bytes = reclaimable_bytes(worker, model);
+        status = trainer_bound(&order.options, &planned_bytes, &error);
+        if (!status && in_trainer)
+            return false;
+    }
+    if (!status) {
+        model->n_holders++;
+        status = trainer_inspect(&order.options, &inspection, &bad, &error);
+        model->n_holders--;
+        planned_bytes = inspection.planned_bytes;
+    }
+    if (status < 0)
+        worker_fail(worker, id, &error);
+    else
+        worker_stream_send(&worker->stream, FRAME_JOB_PLANNED, id,
+                           json_pack("{s:I}", "planned_bytes", (json_int_t)planned_bytes));
+    return true;
+}
+
 static json_t *encode_bad_lines(const struct trainer_bad_lines *bad)
 {
     json_t *lines = json_array();
@@ -99,6 +143,7 @@ void worker_job_validate(struct worker *worker, uint64_t id, const json_t *paylo
     }
     if (!(status = read_order(payload, &order, &error)) &&
         !(status = take_model(worker, &order, &model, &error))) {
+        order.options.reclaimable_bytes = reclaimable_bytes(worker, model);
         model->n_holders++; /* what is served meanwhile may need room */
         status = trainer_inspect(&order.options, &inspection, &bad, &error);
         model->n_holders--;
@@ -143,19 +188,19 @@ static void on_metrics(void *arg, const struct training_metrics *metrics)
     struct worker *worker = arg;
     struct trainer_status status;
     trainer_status(worker->job.trainer, &status);
-    send_job(worker, FRAME_JOB_METRICS,
-             json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:I, s:o}", "step",
-                       (json_int_t)metrics->step, "total_steps", (json_int_t)metrics->total_steps,
-                       "train_loss", frame_number(metrics->train_loss), "train_accuracy",
-                       frame_number(metrics->train_accuracy), "valid_loss",
-                       metrics->has_valid ? frame_number(metrics->valid_loss) : json_null(), "valid_accuracy",
-                       metrics->has_valid ? frame_number(metrics->valid_accuracy) : json_null(),
-                       "learning_rate", frame_number(metrics->learning_rate), "grad_norm",
-                       frame_number(metrics->grad_norm), "tokens_per_second",
-                       frame_number(metrics->tokens_per_second), "trained_tokens",
-                       (json_int_t)metrics->trained_tokens, "eta_seconds", frame_number(status.eta_seconds),
-                       "peak_memory_bytes", (json_int_t)status.peak_bytes, "bytes_per_token",
-                       frame_number(status.bytes_per_token)));
+    send_job(
+        worker, FRAME_JOB_METRICS,
+        json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:I, s:I, s:o}", "step",
+                  (json_int_t)metrics->step, "total_steps", (json_int_t)metrics->total_steps, "train_loss",
+                  frame_number(metrics->train_loss), "train_accuracy", frame_number(metrics->train_accuracy),
+                  "valid_loss", metrics->has_valid ? frame_number(metrics->valid_loss) : json_null(),
+                  "valid_accuracy", metrics->has_valid ? frame_number(metrics->valid_accuracy) : json_null(),
+                  "learning_rate", frame_number(metrics->learning_rate), "grad_norm",
+                  frame_number(metrics->grad_norm), "tokens_per_second",
+                  frame_number(metrics->tokens_per_second), "trained_tokens",
+                  (json_int_t)metrics->trained_tokens, "eta_seconds", frame_number(status.eta_seconds),
+                  "planned_memory_bytes", (json_int_t)status.planned_bytes, "peak_memory_bytes",
+                  (json_int_t)status.peak_bytes, "bytes_per_token", frame_number(status.bytes_per_token)));
 }
 
 static void on_checkpoint(void *arg, const struct training_checkpoint *checkpoint)
@@ -168,6 +213,12 @@ static void on_checkpoint(void *arg, const struct training_checkpoint *checkpoin
                        frame_number(checkpoint->valid_loss), "valid_accuracy",
                        frame_number(checkpoint->valid_accuracy), "best", (int)checkpoint->best,
                        "resumable_only", (int)checkpoint->resumable_only));
+}
+
+static bool on_make_room(void *arg)
+{
+    struct worker *worker = arg;
+    return loaded_models_make_room(&worker->models);
 }
 
 static void on_checkpoint_dropped(void *arg, int64_t step)
@@ -283,6 +334,7 @@ void worker_job_start(struct worker *worker, const json_t *payload)
         .checkpoint = on_checkpoint,
         .checkpoint_dropped = on_checkpoint_dropped,
         .yield = worker_yield,
+        .make_room = on_make_room,
     };
     worker->trained_since_us = worker_now_us();
     status = trainer_open(&order.options, &job->trainer, &error);

@@ -1,8 +1,10 @@
 /* worker_models.c: see worker_models.h. */
 #include "engine/worker_models.h"
 
+#include <dirent.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
 /* A base's adapters above this count go, the least recently used first, as soon as they are not in use. */
@@ -88,8 +90,7 @@ static bool model_is_used(const struct loaded_model *model)
     return model->n_holders || !generator_idle(model->generator);
 }
 
-/* Forget every model that nothing uses. Returns whether there was one. */
-static bool make_room(struct loaded_models *models)
+bool loaded_models_make_room(struct loaded_models *models)
 {
     bool found = false;
     for (struct loaded_model *model = models->first; model; model = model->next) {
@@ -102,6 +103,48 @@ static bool make_room(struct loaded_models *models)
     return found;
 }
 
+static int query(const struct loaded_models *models, struct kernel_device_info *ret_info, struct error *error)
+{
+    int status = models->ops->device_query(models->device, ret_info);
+    return status ? error_set(error, ERROR_DEVICE, "cannot query the device: %s", kernel_status_text(status))
+                  : 0;
+}
+
+/* Bytes of a model's weights as they lie on disk; they take as much on the device. */
+static int64_t stored_bytes(const char *folder)
+{
+    static const char suffix[] = ".safetensors";
+    int64_t bytes = 0;
+    DIR *dir = opendir(folder);
+    for (struct dirent *item; dir && (item = readdir(dir));) {
+        size_t length = strlen(item->d_name);
+        struct stat st;
+        if (length >= sizeof suffix && !strcmp(item->d_name + length - (sizeof suffix - 1), suffix) &&
+            !fstatat(dirfd(dir), item->d_name, &st, 0))
+            bytes += st.st_size;
+    }
+    if (dir)
+        closedir(dir);
+    return bytes;
+}
+
+/* A host gives out more memory than it has, and then kills; so weights are held against what is free before they are
+ * loaded. */
+static int check_room(struct loaded_models *models, const struct named_folder *name, struct error *error)
+{
+    struct kernel_device_info info;
+    int64_t needed = stored_bytes(name->path);
+    int status = query(models, &info, error);
+    if (!status && needed > info.free_bytes && loaded_models_make_room(models))
+        status = query(models, &info, error);
+    if (!status && needed > info.free_bytes)
+        status = error_set_param(
+            error, ERROR_NO_MEMORY, "model",
+            "model \"%s\" has %lld bytes of weights; of the %lld bytes of this device %lld are free",
+            name->id, (long long)needed, (long long)info.total_bytes, (long long)info.free_bytes);
+    return status;
+}
+
 int loaded_models_get(struct loaded_models *models, const struct named_folder *name,
                       struct loaded_model **ret_model, struct error *error)
 {
@@ -111,12 +154,20 @@ int loaded_models_get(struct loaded_models *models, const struct named_folder *n
             return 0;
         }
     }
+    struct kernel_device_info before, after;
     struct loaded_model *model;
-    int status = load_model(models, name, &model, error);
-    if (status == ERROR_NO_MEMORY && make_room(models))
+    int status = check_room(models, name, error);
+    if (!status)
+        status = query(models, &before, error);
+    if (!status)
+        status = load_model(models, name, &model, error);
+    if (status == ERROR_NO_MEMORY && loaded_models_make_room(models) &&
+        !(status = query(models, &before, error)))
         status = load_model(models, name, &model, error);
     if (status)
         return status;
+    if (!query(models, &after, NULL))
+        model->device_bytes = after.allocated_bytes - before.allocated_bytes;
     model->next = models->first;
     models->first = model;
     *ret_model = model;

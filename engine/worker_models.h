@@ -29,6 +29,7 @@ struct loaded_model {
     int32_t n_adapters;
     int32_t n_holders; /* jobs that train on it */
     double load_seconds;
+    int64_t device_bytes; /* that loading it has taken: weights, generator */
     bool forgotten;
 };
 
@@ -48,6 +49,8 @@ int loaded_models_get(struct loaded_models *models, const struct named_folder *n
 int loaded_models_get_adapter(struct loaded_models *models, struct loaded_model *model,
                               const struct named_folder *name, const struct adapter **ret_adapter,
                               struct error *error);
+/* Free every model that nothing uses. Returns whether there was one. Not from a generator's callback. */
+bool loaded_models_make_room(struct loaded_models *models);
 /* New requests will load it again; those under way keep it. */
 void loaded_models_forget_model(struct loaded_models *models, const char *id);
 void loaded_models_forget_adapter(struct loaded_models *models, const char *id);

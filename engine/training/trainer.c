@@ -80,6 +80,9 @@ struct trainer {
     double smoothed_tokens, smoothed_seconds; /* of training passes */
     double smoothed_step_seconds;             /* from step to step, all included */
     double last_step_at;                      /* 0 = no step since opening */
+
+    int64_t peak_bytes;  /* of the device, as it was read last */
+    double peak_read_at; /* asking a driver takes its time: not at every step */
 };
 
 static double now_seconds(void)
@@ -167,19 +170,6 @@ static int identify(struct trainer *trainer, struct error *error)
     identity->training_data = fingerprint_dataset(trainer->workload.training);
     identity->validation_data = fingerprint_dataset(trainer->workload.validation);
     return fingerprint_model(trainer, &identity->model, error);
-}
-
-/* A host promises more memory than it has and kills whoever takes it at its word: the worker, and with it all
- * that it serves. So the plan is held against what is free. */
-static int check_memory(const struct trainer *trainer, struct error *error)
-{
-    const struct workload *work = &trainer->workload;
-    if (work->plan.total_bytes <= work->request.byte_limit)
-        return 0;
-    return error_set_param(error, ERROR_NO_MEMORY, "batch_size",
-                           "the job needs %.1f MB beyond the model's weights, %.1f MB are free: a smaller "
-                           "batch_size or max_seq_len needs less",
-                           1e-6 * (double)work->plan.total_bytes, 1e-6 * (double)work->request.byte_limit);
 }
 
 /* The probe that a parameter belongs to; -1 for none (full fine-tuning). */
@@ -351,9 +341,11 @@ int trainer_open(const struct trainer_options *options, struct trainer **ret_tra
     if (!code)
         code = workload_open(options, &trainer->workload, NULL, error);
     if (!code)
-        code = check_memory(trainer, error);
+        code = workload_check_memory(options, work, error);
     if (!code)
         code = identify(trainer, error);
+    if (!code)
+        trainer->ops->device_reset_peak(trainer->device);
     if (!code)
         code = adapter_create(trainer->model, trainer->spec.adaptation, &trainer->spec.lora,
                               trainer->spec.seed, &trainer->adapter, error);
@@ -638,6 +630,17 @@ static void note_speed(struct trainer *trainer)
     trainer->last_step_at = now;
 }
 
+static void read_peak(struct trainer *trainer)
+{
+    struct kernel_device_info info;
+    double now = now_seconds();
+    if (trainer->peak_bytes && now - trainer->peak_read_at < 1)
+        return;
+    if (trainer->ops->device_query(trainer->device, &info) == KERNEL_OK)
+        trainer->peak_bytes = info.peak_bytes;
+    trainer->peak_read_at = now;
+}
+
 static void report_step(const struct trainer *trainer)
 {
     const struct training_state *state = &trainer->state;
@@ -663,6 +666,7 @@ static void report_step(const struct trainer *trainer)
 /* The step and its evaluation are over. */
 static int conclude_step(struct trainer *trainer, struct error *error)
 {
+    read_peak(trainer);
     report_step(trainer);
     if (trainer->state.stopped)
         say(trainer, "info",
@@ -837,15 +841,13 @@ void trainer_status(const struct trainer *trainer, struct trainer_status *ret_st
 {
     const struct workload *work = &trainer->workload;
     int64_t left = trainer->finished || trainer->state.stopped ? 0 : work->total_steps - trainer->state.step;
-    int64_t peak = model_weight_bytes(trainer->model) + trainer->adapter->arena_bytes +
-                   work->plan.activation_bytes + work->plan.workspace_bytes;
     *ret_status = (struct trainer_status){
         .step = trainer->state.step,
         .total_steps = work->total_steps,
         .trained_tokens = trainer->state.trained_tokens,
-        .planned_bytes = work->plan.total_bytes,
-        .peak_bytes = peak,
-        .bytes_per_token = (double)peak / (double)work->max_tokens,
+        .planned_bytes = model_weight_bytes(trainer->model) + work->plan.total_bytes,
+        .peak_bytes = trainer->peak_bytes,
+        .bytes_per_token = (double)trainer->peak_bytes / (double)work->max_tokens,
         .eta_seconds =
             trainer->smoothed_step_seconds > 0 ? (double)left * trainer->smoothed_step_seconds : (double)NAN,
     };

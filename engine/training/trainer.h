@@ -93,6 +93,9 @@ struct trainer_callbacks {
     /* While a data file is read and its epochs are counted, between layers of a micro-batch, and while
      * waiting for the folder's lock; may be NULL. */
     void (*yield)(void *arg);
+    /* The plan would be better (nothing recomputed) or possible with more of the device's memory: give up what can be
+     * given up, and say whether there was something. From trainer_open alone; may be NULL. */
+    bool (*make_room)(void *arg);
 };
 
 struct trainer_options {
@@ -103,6 +106,9 @@ struct trainer_options {
     const char *training_file, *validation_file; /* paths; validation may be NULL */
     const char *folder;                          /* the job's own: checkpoints/step-N and adapter/ go there */
     const char *resume_from;                     /* a checkpoint's folder, or NULL */
+    /* trainer_bound, trainer_inspect: of the device's memory that is in use now, what will be free when the job starts
+     * (other models, other jobs). */
+    int64_t reclaimable_bytes;
     struct trainer_callbacks callbacks;
 };
 
@@ -111,7 +117,7 @@ struct trainer_inspection {
     int64_t examples, tokens, loss_tokens; /* of the training set */
     int64_t validation_examples;
     int64_t total_steps;
-    int64_t planned_bytes; /* beyond the base weights */
+    int64_t planned_bytes; /* weights included */
 };
 /* Lines of a data file that cannot be used: filled (n_line_errors > 0) when that is why a call failed. */
 struct trainer_bad_lines {
@@ -121,9 +127,14 @@ struct trainer_bad_lines {
 };
 /* Load and check the data, count the steps, plan the memory; allocates nothing on the device and writes
  * nothing: folder, resume_from and callbacks are not used. ret_bad is always written (n_line_errors 0 when
- * lines are not to blame); error->param names the file or hyperparameter at fault. */
+ * lines are not to blame); error->param names the file or hyperparameter at fault. A plan that does not fit is
+ * ERROR_NO_MEMORY, which says what is needed, what is free, and what would fit. */
 int trainer_inspect(const struct trainer_options *options, struct trainer_inspection *ret_inspection,
                     struct trainer_bad_lines *ret_bad, struct error *error);
+
+/* Does the largest micro-batch that the hyperparameters allow fit, whatever the data is? 1 and *ret_planned_bytes
+ * (weights included), 0 when that depends on the data (trainer_inspect tells), or an error. Reads no file. */
+int trainer_bound(const struct trainer_options *options, int64_t *ret_planned_bytes, struct error *error);
 
 struct trainer;
 
@@ -147,7 +158,9 @@ int trainer_checkpoint(struct trainer *trainer, struct error *error);
 
 struct trainer_status {
     int64_t step, total_steps, trained_tokens;
-    int64_t planned_bytes, peak_bytes;
+    int64_t planned_bytes; /* weights included */
+    int64_t
+        peak_bytes; /* the most that the device's memory in use has been since trainer_open, whoever uses it */
     double bytes_per_token; /* peak / tokens of the largest micro-batch */
     double eta_seconds;
 };
