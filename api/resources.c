@@ -78,14 +78,20 @@ static json_t *job_error_encode(const struct job_resource *job)
                      "param", text_json_or_null(job->error_param));
 }
 
+static json_t *bytes_or_null(int64_t bytes)
+{
+    return bytes ? json_integer(bytes) : json_null();
+}
+
 static json_t *job_progress_encode(const struct job_resource *job)
 {
     return json_pack(
-        "{s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "step", (json_int_t)job->step, "total_steps",
-        job->total_steps ? json_integer(job->total_steps) : json_null(), "tokens_per_second",
+        "{s:I, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}", "step", (json_int_t)job->step,
+        "total_steps", job->total_steps ? json_integer(job->total_steps) : json_null(), "tokens_per_second",
         number_or_null(job->tokens_per_second), "loss", number_or_null(job->loss), "eta_seconds",
-        number_or_null(job->eta_seconds), "peak_memory_bytes",
-        job->peak_memory_bytes ? json_integer(job->peak_memory_bytes) : json_null(), "bytes_per_token",
+        number_or_null(job->eta_seconds), "skipped_steps", (json_int_t)job->skipped_steps,
+        "planned_memory_bytes", bytes_or_null(job->planned_memory_bytes), "peak_memory_bytes",
+        bytes_or_null(job->peak_memory_bytes), "bytes_per_token",
         job->peak_memory_bytes ? number_or_null(job->bytes_per_token) : json_null(), "queue_position",
         job->queue_position >= 0 ? json_integer(job->queue_position) : json_null(), "device",
         text_json_or_null(job->device));

@@ -54,10 +54,11 @@ struct job_resource {
     char error_code[64], error_param[64], error_message[4096];
     int64_t attempt; /* how often a worker was given it */
     /* progress, of the last metrics */
-    int64_t step, total_steps;                   /* total_steps 0 = not known yet */
-    double tokens_per_second, loss, eta_seconds; /* NaN -> null */
-    int64_t peak_memory_bytes;
+    int64_t step, total_steps;                       /* total_steps 0 = not known yet */
+    double tokens_per_second, loss, eta_seconds;     /* NaN -> null */
+    int64_t planned_memory_bytes, peak_memory_bytes; /* 0 -> null */
     double bytes_per_token;
+    int64_t skipped_steps;  /* left out because a 16-bit gradient overflowed */
     int64_t queue_position; /* -1 -> null; 0 = next */
     char device[32];
 };

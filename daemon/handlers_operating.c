@@ -68,9 +68,11 @@ static void write_workers(const struct server *server, struct buffer *text)
         const struct {
             const char *kind;
             int64_t bytes;
-        } kinds[] = {
-            {"total", info.total_bytes}, {"free", info.free_bytes}, {"resident", info.resident_bytes}};
-        for (size_t k = 0; k < 3; k++) {
+        } kinds[] = {{"total", info.total_bytes},
+                     {"free", info.free_bytes},
+                     {"resident", info.resident_bytes},
+                     {"allocated", info.allocated_bytes}};
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
             snprintf(label + used, sizeof label - used, ",kind=\"%s\"", kinds[k].kind);
             metrics_gauge(&memory, "adder_device_memory_bytes", "Memory of the device, and the worker's own.",
                           label, info.up ? (double)kinds[k].bytes : 0, !memory.length);

@@ -29,6 +29,13 @@ static const char *string_or_empty(const json_t *payload, const char *key)
     return value ? value : "";
 }
 
+/* The code of a worker's error as clients are told it. */
+static const char *error_code(const json_t *error)
+{
+    const char *code = string_or_empty(error, "code");
+    return strcmp(code, error_code_name(ERROR_NO_MEMORY)) ? code : insufficient_memory;
+}
+
 /* ---- validation ---- */
 
 static void on_invalid(struct live_job *live, const json_t *payload)
@@ -46,7 +53,7 @@ static void on_invalid(struct live_job *live, const json_t *payload)
             buffer_printf(&message, "; line %lld: %s", (long long)integer_or_zero(line, "line"),
                           string_or_empty(line, "reason"));
     }
-    live_job_end(live, JOB_FAILED, string_or_empty(payload, "code"), string_or_empty(payload, "param"),
+    live_job_end(live, JOB_FAILED, error_code(payload), string_or_empty(payload, "param"),
                  message.data ? message.data : "");
     buffer_free(&message);
 }
@@ -65,6 +72,7 @@ void job_frames_validation(void *arg, enum frame_type type, const json_t *payloa
     if (type == FRAME_JOB_VALIDATED) {
         live->validated = true;
         live->job.total_steps = integer_or_zero(payload, "total_steps");
+        live->job.planned_memory_bytes = integer_or_zero(payload, "planned_bytes");
         live_job_set_status(live, JOB_QUEUED);
         live_job_say(
             live, "info",
@@ -81,7 +89,7 @@ void job_frames_validation(void *arg, enum frame_type type, const json_t *payloa
         live->suspect = true;
         scheduler_run(scheduler); /* the worker died: another one, or the next, will do it */
     } else {
-        live_job_end(live, JOB_FAILED, string_or_empty(payload, "code"), string_or_empty(payload, "param"),
+        live_job_end(live, JOB_FAILED, error_code(payload), string_or_empty(payload, "param"),
                      string_or_empty(payload, "message"));
     }
 }
@@ -97,19 +105,22 @@ static void on_metrics(struct live_job *live, const json_t *payload)
     job->loss = number_or_nan(payload, "train_loss");
     job->tokens_per_second = number_or_nan(payload, "tokens_per_second");
     job->eta_seconds = number_or_nan(payload, "eta_seconds");
+    job->planned_memory_bytes = integer_or_zero(payload, "planned_memory_bytes");
     job->peak_memory_bytes = integer_or_zero(payload, "peak_memory_bytes");
+    job->skipped_steps = integer_or_zero(payload, "skipped_steps");
     job->bytes_per_token = number_or_nan(payload, "bytes_per_token");
     double valid_loss = number_or_nan(payload, "valid_loss"),
            valid_accuracy = number_or_nan(payload, "valid_accuracy");
     json_t *data = json_pack(
-        "{s:I,s:I,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "step", (json_int_t)job->step, "total_steps",
+        "{s:I,s:I,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:I,s:o}", "step", (json_int_t)job->step, "total_steps",
         (json_int_t)job->total_steps, "train_loss", frame_number(job->loss), "train_mean_token_accuracy",
         frame_number(number_or_nan(payload, "train_accuracy")), "valid_loss", frame_number(valid_loss),
         "valid_mean_token_accuracy", frame_number(valid_accuracy), "full_valid_loss",
         frame_number(valid_loss), "full_valid_mean_token_accuracy", frame_number(valid_accuracy),
         "learning_rate", frame_number(number_or_nan(payload, "learning_rate")), "grad_norm",
         frame_number(number_or_nan(payload, "grad_norm")), "tokens_per_second",
-        frame_number(job->tokens_per_second));
+        frame_number(job->tokens_per_second), "skipped_steps", (json_int_t)job->skipped_steps, "loss_scale",
+        frame_number(number_or_nan(payload, "loss_scale")));
     char message[160];
     int n = snprintf(message, sizeof message, "Step %lld/%lld: training loss=%.4f", (long long)job->step,
                      (long long)job->total_steps, job->loss);
@@ -227,7 +238,7 @@ static void on_ended(struct live_job *live, const json_t *payload)
                  string_or_empty(payload, "folder"));
         live_job_end(live, JOB_SUCCEEDED, NULL, NULL, NULL);
     } else if (!strcmp(status, "failed")) {
-        live_job_end(live, JOB_FAILED, string_or_empty(reason, "code"), string_or_empty(reason, "param"),
+        live_job_end(live, JOB_FAILED, error_code(reason), string_or_empty(reason, "param"),
                      string_or_empty(reason, "message"));
     } else if (!strcmp(status, "cancelled")) {
         live_job_end(live, JOB_CANCELLED, NULL, NULL, NULL);

@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* How long an answer waits for the plan (a worker may have to load the model first, or to read the data). A job that is
+ * accepted without it is held against the memory by its validation. */
+enum { PLAN_PATIENCE_MS = 3000 };
+
 struct creation {
     struct scheduler *scheduler;
     struct job_resource job;
@@ -15,23 +19,40 @@ struct creation {
     scheduler_keeper keep;
     scheduler_answer done;
     void *arg;
+    struct worker *planner; /* asked for the plan, as this request */
+    uint64_t plan;
+    uv_timer_t patience; /* while planner is set */
 };
+
+static void on_patience_closed(uv_handle_t *handle)
+{
+    free(handle->data);
+}
+
+/* The job is whoever's took it. */
+static void creation_free(struct creation *creation)
+{
+    if (creation->planner)
+        uv_close((uv_handle_t *)&creation->patience, on_patience_closed);
+    else
+        free(creation);
+}
 
 static void creation_refuse(struct creation *creation, int status, const char *code, const char *param,
                             const char *format, ...) __attribute__((format(printf, 5, 6)));
 static void creation_refuse(struct creation *creation, int status, const char *code, const char *param,
                             const char *format, ...)
 {
-    char message[512];
+    struct problem problem = {0};
+    char message[sizeof problem.message];
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    struct problem problem = {0};
     problem_set(&problem, status, code, param, "%s", message);
     creation->done(creation->arg, NULL, &problem);
     job_free(&creation->job);
-    free(creation);
+    creation_free(creation);
 }
 
 static void on_job_inserted(void *arg, int code, const struct error *error)
@@ -51,10 +72,59 @@ static void on_job_inserted(void *arg, int code, const struct error *error)
     }
     scheduler->counts[JOB_VALIDATING]++;
     creation->done(creation->arg, &live->job, NULL);
-    free(creation);
+    creation_free(creation);
     live_job_say(live, "info", "Created fine-tuning job: %s", live->job.id);
     live_job_say(live, "info", "Validating training file: %s", live->job.training_file);
     scheduler_run(scheduler);
+}
+
+static void insert_job(struct creation *creation)
+{
+    store_job_insert(creation->scheduler->options.store, &creation->job,
+                     creation->keep(creation->arg, &creation->job), on_job_inserted, creation);
+}
+
+static void on_planned(void *arg, enum frame_type type, const json_t *payload)
+{
+    struct creation *creation = arg;
+    const char *code = json_string_value(json_object_get(payload, "code"));
+    uv_timer_stop(&creation->patience);
+    if (creation->scheduler->draining)
+        creation_refuse(creation, 503, "shutting_down", NULL, "The server is shutting down.");
+    else if (type == FRAME_FAILED && code && !strcmp(code, error_code_name(ERROR_NO_MEMORY)))
+        creation_refuse(creation, 400, insufficient_memory,
+                        json_string_value(json_object_get(payload, "param")), "The job cannot fit: %s.",
+                        json_string_value(json_object_get(payload, "message")));
+    else {
+        creation->job.planned_memory_bytes = json_integer_value(
+            json_object_get(payload, "planned_bytes")); /* 0 where the plan failed otherwise */
+        insert_job(creation);
+    }
+}
+
+static void on_patience_over(uv_timer_t *timer)
+{
+    struct creation *creation = timer->data;
+    worker_request_cancel(creation->planner, creation->plan);
+    insert_job(creation);
+}
+
+/* Refuse at once what cannot fit. Anything else that is wrong is for the validation to report, line by line. */
+static void plan_job(struct creation *creation)
+{
+    struct worker *worker = scheduler_pick_trainer(creation->scheduler);
+    if (worker)
+        creation->plan =
+            worker_request(worker, FRAME_JOB_PLAN, scheduler_job_payload(creation->scheduler, &creation->job),
+                           on_planned, creation);
+    if (!creation->plan) {
+        insert_job(creation);
+        return;
+    }
+    creation->planner = worker;
+    uv_timer_init(creation->scheduler->options.loop, &creation->patience);
+    creation->patience.data = creation;
+    uv_timer_start(&creation->patience, on_patience_over, PLAN_PATIENCE_MS, 0);
 }
 
 static void on_file_found(void *arg, int code, const struct file_resource *file)
@@ -74,8 +144,7 @@ static void on_file_found(void *arg, int code, const struct file_resource *file)
         store_file_get(creation->scheduler->options.store, creation->job.validation_file, on_file_found,
                        creation);
     } else {
-        store_job_insert(creation->scheduler->options.store, &creation->job,
-                         creation->keep(creation->arg, &creation->job), on_job_inserted, creation);
+        plan_job(creation);
     }
 }
 

@@ -13,6 +13,9 @@
 
 enum { DEATHS_AT_ONE_STEP = 2 }; /* of workers, until the job is held to be the cause */
 
+/* What clients are told where a plan does not fit. */
+static const char insufficient_memory[] = "insufficient_memory";
+
 struct waiter { /* a client who asked for a change of status */
     struct waiter *next;
     enum job_status wanted;
@@ -104,6 +107,10 @@ void live_job_retry_later(struct live_job *live, const char *what, const struct 
 /* scheduler.c: JOB_STOP to its worker; start what can start. */
 void live_job_stop(struct live_job *live, const char *reason);
 void scheduler_run(struct scheduler *scheduler);
+/* A worker that trains and is up, or NULL. */
+struct worker *scheduler_pick_trainer(struct scheduler *scheduler);
+/* What JOB_PLAN, JOB_VALIDATE and JOB_START have in common. */
+json_t *scheduler_job_payload(struct scheduler *scheduler, const struct job_resource *job);
 struct lane *scheduler_lane_of(struct scheduler *scheduler, const struct worker *worker);
 void scheduler_lane_free(struct lane *lane);
 

@@ -43,16 +43,14 @@ static json_t *file_payload(struct scheduler *scheduler, const char *id)
     return id[0] ? json_sprintf("%s/files/%s", scheduler->options.data_dir, id) : json_null();
 }
 
-/* What JOB_VALIDATE and JOB_START have in common. */
-static json_t *job_payload(struct live_job *live)
+json_t *scheduler_job_payload(struct scheduler *scheduler, const struct job_resource *job)
 {
-    return json_pack("{s:s,s:I,s:o,s:o,s:o,s:o,s:I,s:o}", "job", live->job.id, "attempt",
-                     (json_int_t)live->job.attempt, "model", model_payload(live->scheduler, live->job.model),
-                     "training_file", file_payload(live->scheduler, live->job.training_file),
-                     "validation_file", file_payload(live->scheduler, live->job.validation_file),
-                     "hyperparameters", json_loads(live->job.hyperparameters, 0, NULL), "seed",
-                     (json_int_t)live->job.seed, "folder",
-                     json_sprintf("%s/jobs/%s", live->scheduler->options.data_dir, live->job.id));
+    return json_pack("{s:s,s:I,s:o,s:o,s:o,s:o,s:I,s:o}", "job", job->id, "attempt", (json_int_t)job->attempt,
+                     "model", model_payload(scheduler, job->model), "training_file",
+                     file_payload(scheduler, job->training_file), "validation_file",
+                     file_payload(scheduler, job->validation_file), "hyperparameters",
+                     json_loads(job->hyperparameters, 0, NULL), "seed", (json_int_t)job->seed, "folder",
+                     json_sprintf("%s/jobs/%s", scheduler->options.data_dir, job->id));
 }
 
 /* The least loaded that is up; idle: and trains no job. */
@@ -79,7 +77,8 @@ static void start_validation(struct live_job *live)
     if (!worker)
         return;
     live->validation =
-        worker_request(worker, FRAME_JOB_VALIDATE, job_payload(live), job_frames_validation, live);
+        worker_request(worker, FRAME_JOB_VALIDATE, scheduler_job_payload(live->scheduler, &live->job),
+                       job_frames_validation, live);
     if (live->validation) {
         live->validator = worker;
         live->writes++;
@@ -121,7 +120,7 @@ static void on_running(void *arg, int code, const struct error *error)
         live_job_retry_later(live, "the start of a job", error);
         return;
     }
-    json_t *payload = job_payload(live);
+    json_t *payload = scheduler_job_payload(scheduler, &live->job);
     if (payload)
         json_object_set_new(payload, "resume_from",
                             live->resume_from[0] ? json_string(live->resume_from) : json_null());
@@ -246,6 +245,11 @@ bool scheduler_uses_model(struct scheduler *scheduler, const char *id)
         if (!live->ended && (!strcmp(live->job.model, id) || (entry && !strcmp(live->job.id, entry->job))))
             return true;
     return false;
+}
+
+struct worker *scheduler_pick_trainer(struct scheduler *scheduler)
+{
+    return pick(scheduler, true, false);
 }
 
 struct worker *scheduler_pick(struct scheduler *scheduler)

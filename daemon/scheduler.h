@@ -45,8 +45,8 @@ bool scheduler_is_settled(const struct scheduler *scheduler);
 typedef void (*scheduler_answer)(void *arg, const struct job_resource *job, const struct problem *problem);
 /* Called before the row of a new job is written: the answer that is to be kept with it, or NULL. */
 typedef const struct kept_answer *(*scheduler_keeper)(void *arg, const struct job_resource *job);
-/* Checks the model and both files (exist, purpose fine-tune), settles the precision, commits the row, answers, and
- * sets validation going. */
+/* Checks the model and both files (exist, purpose fine-tune), settles the precision, asks a worker whether it fits,
+ * commits the row, answers, and sets validation going. */
 void scheduler_create_job(struct scheduler *scheduler, const struct job_request *request,
                           scheduler_keeper keep, scheduler_answer done, void *arg);
 void scheduler_cancel_job(struct scheduler *scheduler, const char *id, scheduler_answer done, void *arg);

@@ -13,7 +13,7 @@
     "validation_file, result_file, seed, hyperparameters, metadata, trained_tokens, error_code, "            \
     "error_param, "                                                                                          \
     "error_message, attempt, step, total_steps, tokens_per_second, loss, eta_seconds, peak_memory_bytes, "   \
-    "bytes_per_token, device"
+    "bytes_per_token, device, planned_memory_bytes, skipped_steps"
 /* Every wanted pair is among the job's. */
 #define HAS_METADATA                                                                                         \
     "NOT EXISTS (SELECT 1 FROM json_each(?) AS wanted WHERE NOT EXISTS (SELECT 1 FROM "                      \
@@ -73,6 +73,8 @@ static int job_from_row(const struct query *query, void *item, struct error *err
     job->peak_memory_bytes = column_int(query, 24);
     job->bytes_per_token = column_real(query, 25);
     column_text(query, 26, job->device, sizeof job->device);
+    job->planned_memory_bytes = column_int(query, 27);
+    job->skipped_steps = column_int(query, 28);
     job->queue_position = -1;
     return 0;
 }
@@ -105,6 +107,8 @@ static void bind_job(struct query *query, const struct job_resource *job)
     query_int(query, job->peak_memory_bytes);
     query_real(query, job->bytes_per_token);
     query_text(query, job->device);
+    query_int(query, job->planned_memory_bytes);
+    query_int(query, job->skipped_steps);
 }
 
 /* ---- insert, update ---- */
@@ -155,7 +159,7 @@ static int run_insert(struct connection *connection, struct store_request *reque
         return code;
     struct query query = query_begin(connection, "INSERT INTO jobs (" COLUMNS
                                                  ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
-                                                 "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+                                                 "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     query_text(&query, job->id);
     query_int(&query, job->created_at);
     bind_job(&query, job);
@@ -196,7 +200,8 @@ static int update_row(struct connection *connection, const struct job_resource *
         "status = ?, training_file = ?, validation_file = ?, result_file = ?, seed = ?, hyperparameters = ?, "
         "metadata = ?, trained_tokens = ?, error_code = ?, error_param = ?, error_message = ?, attempt = ?, "
         "step = ?, total_steps = ?, tokens_per_second = ?, loss = ?, eta_seconds = ?, peak_memory_bytes = ?, "
-        "bytes_per_token = ?, device = ? WHERE id = ? AND " OPEN);
+        "bytes_per_token = ?, device = ?, planned_memory_bytes = ?, skipped_steps = ? WHERE id = ? "
+        "AND " OPEN);
     bind_job(&query, job);
     query_text(&query, job->id);
     int64_t changes = 0;

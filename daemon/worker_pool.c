@@ -227,6 +227,7 @@ static int on_frame(struct worker *worker, const struct frame *frame)
     if (frame->type == FRAME_STATUS) {
         read_memory(worker, frame->payload);
         worker->info.resident_bytes = json_integer_value(json_object_get(frame->payload, "resident_bytes"));
+        worker->info.allocated_bytes = json_integer_value(json_object_get(frame->payload, "allocated_bytes"));
         worker->info.running = (int)json_integer_value(json_object_get(frame->payload, "running"));
         worker->info.waiting = (int)json_integer_value(json_object_get(frame->payload, "waiting"));
         return 0;

@@ -20,7 +20,8 @@ struct worker_info {
     bool up;            /* HELLO seen */
     int pid;
     int64_t restarts;
-    int64_t total_bytes, free_bytes, resident_bytes;
+    int64_t total_bytes, free_bytes, resident_bytes,
+        allocated_bytes;  /* resident: of the process; allocated: by its ops */
     int running, waiting; /* sequences, from the last STATUS */
 };
 

@@ -157,7 +157,8 @@ static void jobs(void **state)
             "'type':"
             "'supervised','supervised':{'hyperparameters':{'n_epochs':3}}},'seed':3,'metadata':null,"
             "'estimated_finish':null,'error':null,'integrations':[],'progress':{'step':0,'total_steps':null,"
-            "'tokens_per_second':null,'loss':null,'eta_seconds':null,'peak_memory_bytes':null,'bytes_per_"
+            "'tokens_per_second':null,'loss':null,'eta_seconds':null,'skipped_steps':0,'planned_memory_bytes'"
+            ":null,'peak_memory_bytes':null,'bytes_per_"
             "token':null,"
             "'queue_position':2,'device':null}}");
     job.status = JOB_RUNNING;
@@ -167,7 +168,9 @@ static void jobs(void **state)
     job.loss = 1.5;
     job.eta_seconds = 2.5;
     job.tokens_per_second = 1000;
+    job.planned_memory_bytes = 4000;
     job.peak_memory_bytes = 4096;
+    job.skipped_steps = 1;
     job.bytes_per_token = 2;
     job.queue_position = -1;
     job.trained_tokens = 12;
@@ -176,9 +179,9 @@ static void jobs(void **state)
     json_t *json = job_encode(&job, "org", 100);
     assert_int_equal(json_integer_value(json_object_get(json, "estimated_finish")), 103);
     json_is(json_incref(json_object_get(json, "progress")),
-            "{'step':4,'total_steps':8,'tokens_per_second':1000.0,'loss':1.5,'eta_seconds':2.5,'peak_memory_"
-            "bytes':"
-            "4096,'bytes_per_token':2.0,'queue_position':null,'device':'cpu'}");
+            "{'step':4,'total_steps':8,'tokens_per_second':1000.0,'loss':1.5,'eta_seconds':2.5,'skipped_"
+            "steps':1,'planned_memory_bytes':4000,"
+            "'peak_memory_bytes':4096,'bytes_per_token':2.0,'queue_position':null,'device':'cpu'}");
     json_is(json_incref(json_object_get(json, "metadata")), "{'a':'b'}");
     json_decref(json);
     job.status = JOB_FAILED;

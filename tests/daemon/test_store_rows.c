@@ -254,6 +254,8 @@ static void test_job_round_trip(void **state)
     job.started_at = 5;
     job.attempt = 2;
     job.step = 7;
+    job.planned_memory_bytes = INT64_C(5) << 40;
+    job.skipped_steps = 2;
     job.total_steps = 70;
     job.tokens_per_second = 1e5;
     job.peak_memory_bytes = (int64_t)1 << 40;
@@ -272,6 +274,8 @@ static void test_job_round_trip(void **state)
     assert_int_equal(back.job.total_steps, 70);
     assert_true(back.job.tokens_per_second == 1e5);
     assert_true(back.job.peak_memory_bytes == (int64_t)1 << 40);
+    assert_true(back.job.planned_memory_bytes == INT64_C(5) << 40);
+    assert_int_equal(back.job.skipped_steps, 2);
     assert_true(isnan(back.job.loss));
     assert_string_equal(back.job.device, "cuda:1");
     assert_string_equal(back.job.error_message, "not really");

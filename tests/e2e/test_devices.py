@@ -1,10 +1,14 @@
-"""What the devices of the workers mean for a job: its precision, and where it is trained."""
+"""What the devices of the workers mean for a job: its precision, where it is trained, and whether it fits."""
+import json
+import re
 import time
 
 import openai
 import pytest
 
-from conftest import PATIENCE, upload, wait_for
+from conftest import PATIENCE, SANITIZED, upload, wait_for
+
+SHORT_JOBS = 10 if SANITIZED else 60
 
 
 def create(client, **hyperparameters):
@@ -45,3 +49,53 @@ def test_jobs_wait_for_the_gpu_of_a_mixed_pool(own_server):
     assert precision(create(client, precision="fp32")) == "fp32"
     assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def memory(server, kind):
+    """Of the CPU's worker; it says so once a second."""
+    time.sleep(1.2)
+    line = re.search(rf'adder_device_memory_bytes{{device="cpu",kind="{kind}"}} (\S+)', server.get("/metrics").body.decode())
+    return float(line[1])
+
+
+def test_what_cannot_fit_is_refused_at_creation(server, client):
+    if memory(server, "total") > 80e9:
+        pytest.skip("needs a host of less memory")
+    lines = (json.dumps({"text": f"The quick brown fox number {i} jumps over the lazy dog. " * 20}) for i in range(8000))
+    file = upload(client, "\n".join(lines).encode())
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(model="hatchling", training_file=file, extra_body={"batch_size": 1024, "max_seq_len": 2048})
+    assert refused.value.code == "insufficient_memory" and refused.value.param == "batch_size"
+    said = re.search(r"needs (\d+) bytes beyond the model's (\d+).* (\d+) are free; batch_size (\d+) with gradient_accumulation_steps (\d+) fits",
+                     refused.value.message)
+    needed, model, free, batch_size, accumulation = map(int, said.groups())
+    assert needed > free > model and batch_size * accumulation == 1024
+    assert all(job.training_file != file for job in client.fine_tuning.jobs.list())
+    job = client.fine_tuning.jobs.create(model="hatchling", training_file=file, extra_body={
+        "batch_size": batch_size, "gradient_accumulation_steps": accumulation, "max_seq_len": 2048})
+    assert 0 < job.progress["planned_memory_bytes"] <= free + model
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_plan_and_peak_are_shown(client):
+    job = wait_for(client, create(client, max_steps=2, max_seq_len=64).id, "succeeded")
+    planned, peak = job.progress["planned_memory_bytes"], job.progress["peak_memory_bytes"]
+    assert 0 < planned and planned / 2 < peak and job.progress["bytes_per_token"] > 0 and job.progress["skipped_steps"] == 0
+
+
+def test_memory_comes_back_after_each_job(own_server):
+    server = own_server()
+    client = server.openai()
+    file = upload(client)
+
+    def run(count):
+        jobs = [client.fine_tuning.jobs.create(model="hatchling", training_file=file, extra_body={"max_steps": 1, "max_seq_len": 64}).id
+                for _ in range(count)]
+        for job in jobs:
+            wait_for(client, job, "succeeded")
+        return memory(server, "allocated"), memory(server, "resident")
+
+    allocated, resident = run(10)
+    allocated_later, resident_later = run(SHORT_JOBS)
+    assert allocated_later == allocated
+    assert SANITIZED or resident_later < resident + (16 << 20)
