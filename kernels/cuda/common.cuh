@@ -30,8 +30,9 @@ extern "C" {
 
 /* Areas of device memory that ops use among themselves. They only grow, and an op owns its area until it returns. */
 enum cuda_scratch_area {
-    CUDA_SCRATCH_OP,   /* any op that does not call another with the same area */
-    CUDA_SCRATCH_GEMM, /* cuda_gemm's: weights widened or narrowed to the type of the activations */
+    CUDA_SCRATCH_OP,     /* any op that does not call another with the same area */
+    CUDA_SCRATCH_GEMM,   /* cuda_gemm's: weights widened or narrowed to the type of the activations */
+    CUDA_SCRATCH_SAMPLE, /* sample's settings and results, which keep their place */
     CUDA_SCRATCH_COUNT,
 };
 
@@ -76,6 +77,7 @@ struct kernel_device {
     char fault[96]; /* why */
     int multiprocessors;
     int shared_bytes; /* most that a block can opt in to */
+    bool hopper;      /* runs what is compiled for sm_90a */
     cudaStream_t stream;
     const struct cuda_blas *cublas;
     cublasHandle_t blas;
@@ -311,6 +313,16 @@ int cuda_head(struct kernel_device *device, const struct head_args *a);
 int cuda_adamw(struct kernel_device *device, const struct adamw_args *a);
 int cuda_grad_norm(struct kernel_device *device, const struct grad_norm_args *a);
 int cuda_sample(struct kernel_device *device, const struct sample_args *a);
+
+/* cuda_sample in parts, for a step that is a CUDA graph. The graph holds cuda_sample_plain, captured after a
+ * cuda_sample_stage of as many rows or more; before it is launched, cuda_sample_stage brings the rows' settings to where
+ * the graph reads them, and says whether plain rows, which take the highest logit, are all that there is. If not, or if
+ * the place moved (there are more rows than ever), the graph is of no use. cuda_sample_fetch waits and brings the ids
+ * and log-probabilities. ret_ids: where the ids lie on the device, to be the next step's input. */
+int cuda_sample_stage(struct kernel_device *device, const struct sample_args *a, bool *ret_plain);
+int cuda_sample_plain(struct kernel_device *device, const float *logits, int64_t logits_stride, int64_t rows,
+                      int64_t vocab, const int32_t **ret_ids);
+int cuda_sample_fetch(struct kernel_device *device, const struct sample_args *a);
 
 /* Boundaries that begin at 0, never go back and end at `tokens`. */
 static inline bool cuda_seqs_valid(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)

@@ -178,6 +178,12 @@ int cuda_device_open(int index, int threads, struct kernel_device **ret_device)
     if (status == KERNEL_OK)
         status = cuda_check(device, cudaDeviceGetAttribute(&device->shared_bytes,
                                                            cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    int major = 0, minor = 0;
+    if (status == KERNEL_OK)
+        status = cuda_check(device, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    if (status == KERNEL_OK)
+        status = cuda_check(device, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    device->hopper = major == 9 && minor == 0;
     if (status == KERNEL_OK)
         status = open_parts(device);
     if (status != KERNEL_OK) {

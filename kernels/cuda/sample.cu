@@ -1,12 +1,18 @@
-/* sample.cu: choosing the next token on the device; a thread block a row.
+/* sample.cu: choosing the next token on the device.
+ *
+ * First SPLITS thread blocks a row find its highest logit and its log sum of exponentials; the last of them to arrive
+ * puts their findings together, in order. That is all for a plain row, one that takes the highest logit; the others get
+ * a thread block each, which does what their settings ask for.
+ *
+ * Settings and results lie in memory of their own, at the same place every time, so that the kernels of a batch of
+ * plain rows can be part of a CUDA graph: see cuda_sample_stage.
  *
  * The vocabulary is never sorted. Every filter keeps the first so many ids in descending order of logit (ties to the
- * lowest id), so it is told by the key of the last id that it keeps. A key is the logit's bits, made to sort as
- * unsigned, above the id's complement: no two are equal. The last key comes out of a radix selection over weights that
- * are integers, exp() scaled by a power of two such that their sum fits 64 bits: their sums depend on no order, so that
- * histograms may be filled by atomics and a draw gives the same id every time. The rounding, 2^-46 of the highest
- * weight for a vocabulary of 65536, is below what the log-probabilities resolve. */
-#include "kernels/cuda/common.cuh"
+ * lowest id), so it is told by the key (keys.cuh) of the last id that it keeps. That comes out of a radix selection over
+ * weights that are integers, exp() scaled by a power of two such that their sum fits 64 bits: their sums depend on no
+ * order, so that histograms may be filled by atomics and a draw gives the same id every time. The rounding, 2^-46 of the
+ * highest weight for a vocabulary of 65536, is below what the log-probabilities resolve. */
+#include "kernels/cuda/keys.cuh"
 
 extern "C" {
 #include "kernels/philox.h"
@@ -22,9 +28,10 @@ enum {
     BINS = 1 << RADIX_BITS,
     KEY_BITS = 64,
     ROWS_AT_ONCE = 64, /* bounds the scratch: 16 bytes a row and id */
+    SPLITS = 16, /* thread blocks that look at a row first; a constant, so that batching changes no sum */
+    SPLIT_THREADS = 256,
+    ROWS_UNIT = 256, /* memory is made for multiples of this, so that it moves seldom */
 };
-
-typedef unsigned long long word; /* what integer atomics take */
 
 /* A row's settings as they travel. Offsets into the staged ids and biases of all rows. */
 struct row_settings {
@@ -34,68 +41,52 @@ struct row_settings {
     int32_t top_k, banned, n_top;
     int64_t history, bias; /* first entries */
     int32_t n_history, n_prompt, n_bias;
+    bool plain; /* the highest logit but for `banned`, and nothing else is wanted */
 };
 
-struct sample_task {
-    const float *logits;
-    int64_t stride, vocab;
-    const struct row_settings *rows;
-    const int32_t *history;
-    const struct logit_bias *bias;
-    float *adjusted;  /* [rows,vocab]; NaN marks an id that may not be chosen */
-    int32_t *counts;  /* [rows,vocab], zero between rows' uses */
-    word *weights;    /* [rows,vocab] */
-    int weight_shift; /* weight = round(exp(..) 2^shift) */
-    int32_t *ids;     /* [rows] */
+/* What a split found. */
+struct split_result {
+    word key;           /* of the highest logit that is not banned, or 0 */
+    float highest, sum; /* of all: the highest, and the sum of exp(logit - highest) */
+};
+
+/* Memory that keeps its place; what comes out is together, for one copy. */
+struct sample_memory {
+    int64_t rows; /* room for */
+    struct row_settings *settings;
+    struct split_result *splits; /* [rows,SPLITS] */
+    double *totals;              /* [rows]: log sum exp of the model's logits */
+    int32_t *arrived;            /* [rows]: splits that are done, 0 between launches */
+    int32_t *ids;                /* [rows] */
     float *logprobs;
     int32_t *top_ids; /* [rows,KERNEL_TOP_MAX] */
     float *top_logprobs;
 };
 
-/* ---- keys ---- */
+struct sample_task {
+    const float *logits;
+    int64_t stride, vocab;
+    struct sample_memory at;
+    /* Of the rows that are not plain: */
+    const int32_t *rows; /* their numbers */
+    const int32_t *history;
+    const struct logit_bias *bias;
+    float *adjusted;  /* [ROWS_AT_ONCE,vocab]; NaN marks an id that may not be chosen */
+    int32_t *counts;  /* [ROWS_AT_ONCE,vocab], zero between rows' uses */
+    word *weights;    /* [ROWS_AT_ONCE,vocab] */
+    int weight_shift; /* weight = round(exp(..) 2^shift) */
+};
 
-/* Sorts as the number does; NaN is below all. */
-static __device__ __forceinline__ word key_of(float logit, int64_t id)
-{
-    if (isnan(logit))
-        return 0;
-    uint32_t bits = __float_as_uint(logit + 0.0f); /* -0 is 0 */
-    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (word)bits << 32 | (uint32_t) ~(uint32_t)id;
-}
-
-static __device__ __forceinline__ int32_t id_of(word key)
-{
-    return (int32_t) ~(uint32_t)key;
-}
-
-static __device__ word block_max(word v)
-{
-    __shared__ word partial[THREADS / WARP];
-    for (int lane = WARP / 2; lane > 0; lane /= 2) {
-        word other = __shfl_xor_sync(0xffffffffu, v, lane);
-        v = v > other ? v : other;
-    }
-    __syncthreads();
-    if (threadIdx.x % WARP == 0)
-        partial[threadIdx.x / WARP] = v;
-    __syncthreads();
-    v = partial[0];
-    for (int i = 1; i < THREADS / WARP; i++)
-        v = v > partial[i] ? v : partial[i];
-    return v;
-}
-
-/* The highest key of a row below `limit`, or 0. */
-static __device__ word highest_key(const float *logits, int64_t vocab, word limit)
+/* The highest key of those ids of a row that the thread looks at, or 0. */
+static __device__ word highest_own_key(const float *logits, int64_t vocab)
 {
     word best = 0;
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < vocab; i += THREADS) {
         word key = key_of(logits[i], i);
-        if (key < limit && key > best)
-            best = key;
+        best = key > best ? key : best;
     }
-    return block_max(best);
+    return best;
 }
 
 /* ---- the adjusted logits ---- */
@@ -224,43 +215,52 @@ static __device__ word filter(const struct sample_task &task, const struct row_s
                 exp(((double)adjusted[i] - highest) / (double)row.temperature) >= (double)row.min_p)
                 last = key;
         }
-        lowest = ~block_max(~last);
+        lowest = ~block_highest<THREADS>(~last);
     }
     return lowest;
 }
 
-/* The first id in ascending order whose running sum of weights passes draw * total. Every thread sums a stretch of
- * ids; the one whose stretch holds the threshold walks it. */
+/* The first id in ascending order whose running sum of weights passes draw * total. Every warp sums a stretch of ids;
+ * the one whose stretch holds the threshold walks it. */
 static __device__ int32_t draw_id(const float *adjusted, const word *weights, int64_t vocab, word lowest,
                                   float draw)
 {
-    __shared__ word sums[THREADS];
+    enum { WARPS = THREADS / WARP };
+    __shared__ word sums[WARPS];
     __shared__ int32_t chosen;
-    int64_t stretch = divide_up(vocab, THREADS), begin = threadIdx.x * stretch;
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    int64_t stretch = divide_up(vocab, WARPS), begin = warp * stretch;
     int64_t end = begin + stretch < vocab ? begin + stretch : vocab;
     word sum = 0;
-    for (int64_t i = begin; i < end; i++)
+    for (int64_t i = begin + lane; i < end; i += WARP)
         if (key_of(adjusted[i], i) >= lowest)
             sum += weights[i];
-    sums[threadIdx.x] = sum;
+    sum = warp_sum(sum);
+    if (lane == 0)
+        sums[warp] = sum;
     __syncthreads();
     word total = 0, before = 0;
-    for (int i = 0; i < THREADS; i++) {
-        before += i < (int)threadIdx.x ? sums[i] : 0;
+    for (int i = 0; i < WARPS; i++) {
+        before += i < warp ? sums[i] : 0;
         total += sums[i];
     }
     /* floor(m total / 2^24) for draw = m / 2^24 */
     word m = (word)(draw * 0x1p24f);
     word threshold = __umul64hi(m, total) << 40 | (m * total) >> 24;
     if (before <= threshold && threshold < before + sum) {
-        for (int64_t i = begin; i < end; i++) {
-            if (key_of(adjusted[i], i) < lowest)
-                continue;
-            before += weights[i];
-            if (threshold < before) {
-                chosen = (int32_t)i;
-                break;
+        for (int64_t first = begin; before <= threshold; first += WARP) {
+            int64_t i = first + lane;
+            word weight = i < end && key_of(adjusted[i], i) >= lowest ? weights[i] : 0, running = weight;
+#pragma unroll
+            for (int step = 1; step < WARP; step *= 2) {
+                word lower = __shfl_up_sync(0xffffffffu, running, step);
+                running += lane >= step ? lower : 0;
             }
+            running += before;
+            unsigned passed = __ballot_sync(0xffffffffu, threshold < running);
+            if (lane == 0 && passed != 0)
+                chosen = (int32_t)first + __ffs((int)passed) - 1;
+            before = __shfl_sync(0xffffffffu, running, WARP - 1);
         }
     }
     __syncthreads();
@@ -269,23 +269,10 @@ static __device__ int32_t draw_id(const float *adjusted, const word *weights, in
 
 /* ---- a row ---- */
 
-static __device__ double log_sum_exp(const float *logits, int64_t vocab)
-{
-    float highest = -INFINITY;
-    for (int64_t i = threadIdx.x; i < vocab; i += THREADS)
-        highest = fmaxf(highest, logits[i]);
-    word key = block_max(key_of(highest, 0));
-    uint32_t bits = (uint32_t)(key >> 32);
-    double top = (double)__uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits), sum = 0;
-    for (int64_t i = threadIdx.x; i < vocab; i += THREADS)
-        sum += exp((double)logits[i] - top);
-    return top + log(block_sum<THREADS>(sum));
-}
-
 static __device__ int32_t choose(const struct sample_task &task, const struct row_settings &row,
                                  const float *adjusted, word *weights)
 {
-    word first = highest_key(adjusted, task.vocab, ~(word)0);
+    word first = block_highest<THREADS>(highest_own_key(adjusted, task.vocab));
     if (first == 0)
         return 0; /* nothing may be chosen */
     if (row.temperature == 0.0f || isinf(adjusted[id_of(first)]))
@@ -295,27 +282,127 @@ static __device__ int32_t choose(const struct sample_task &task, const struct ro
     return draw_id(adjusted, weights, task.vocab, lowest, row.draw);
 }
 
-static __global__ void sample_kernel(struct sample_task task)
+static __global__ void __launch_bounds__(THREADS) sample_kernel(struct sample_task task, int32_t first)
 {
-    int64_t r = blockIdx.x;
-    const struct row_settings row = task.rows[r];
+    int64_t r = task.rows[first + (int32_t)blockIdx.x];
+    const struct row_settings row = task.at.settings[r];
     const float *logits = task.logits + r * task.stride;
-    float *adjusted = task.adjusted + r * task.vocab;
-    adjust(task, row, logits, adjusted, task.counts + r * task.vocab);
-    int32_t id = choose(task, row, adjusted, task.weights + r * task.vocab);
-    double total = log_sum_exp(logits, task.vocab);
+    float *adjusted = task.adjusted + blockIdx.x * task.vocab;
+    adjust(task, row, logits, adjusted, task.counts + blockIdx.x * task.vocab);
+    int32_t id = choose(task, row, adjusted, task.weights + blockIdx.x * task.vocab);
+    double total = task.at.totals[r];
     if (threadIdx.x == 0) {
-        task.ids[r] = id;
-        task.logprobs[r] = (float)((double)logits[id] - total);
+        task.at.ids[r] = id;
+        task.at.logprobs[r] = (float)((double)logits[id] - total);
     }
-    word key = ~(word)0;
-    for (int32_t i = 0; i < row.n_top && i < task.vocab; i++) {
-        key = highest_key(logits, task.vocab, key);
-        if (threadIdx.x == 0) {
-            int32_t top = key != 0 ? id_of(key) : 0;
-            task.top_ids[r * KERNEL_TOP_MAX + i] = top;
-            task.top_logprobs[r * KERNEL_TOP_MAX + i] = (float)((double)logits[top] - total);
+    if (row.n_top == 0)
+        return;
+    extern __shared__ word list[];
+    __shared__ word top[KERNEL_TOP_MAX];
+    int32_t count = row.n_top < task.vocab ? row.n_top : (int32_t)task.vocab, i = (int32_t)threadIdx.x;
+    block_top<THREADS>(logits, task.vocab, highest_own_key(logits, task.vocab), count, list, top);
+    if (i < count) {
+        id = top[i] != 0 ? id_of(top[i]) : 0;
+        task.at.top_ids[r * KERNEL_TOP_MAX + i] = id;
+        task.at.top_logprobs[r * KERNEL_TOP_MAX + i] = (float)((double)logits[id] - total);
+    }
+}
+
+/* ---- all rows: the highest logit and the log sum of exponentials ---- */
+
+/* Adds what another part found. */
+static __device__ __forceinline__ void merge(struct split_result &a, const struct split_result &b)
+{
+    float highest = fmaxf(a.highest, b.highest);
+    float own = a.highest == highest ? a.sum : a.sum * __expf(a.highest - highest);
+    float other = b.highest == highest ? b.sum : b.sum * __expf(b.highest - highest);
+    a.key = a.key > b.key ? a.key : b.key;
+    a.highest = highest;
+    a.sum = own + other;
+}
+
+static __device__ __forceinline__ struct split_result merge_warp(struct split_result a)
+{
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        struct split_result b = {__shfl_xor_sync(0xffffffffu, a.key, step),
+                                 __shfl_xor_sync(0xffffffffu, a.highest, step),
+                                 __shfl_xor_sync(0xffffffffu, a.sum, step)};
+        merge(a, b);
+    }
+    return a;
+}
+
+/* N elements at a time. The sum is of floats at most 1: its error is far below what a logit resolves. */
+template <int N>
+static __device__ struct split_result look_at(const float *logits, int64_t begin, int64_t end, int32_t banned)
+{
+    float best = -INFINITY;
+    int32_t id = -1;
+    struct split_result found = {0, -INFINITY, 0.0f};
+#pragma unroll 4
+    for (int64_t i = begin + (int64_t)threadIdx.x * N; i < end; i += SPLIT_THREADS * N) {
+        float v[N], highest = found.highest;
+        load_pack(logits + i, v);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            highest = fmaxf(highest, v[j]);
+            if ((v[j] > best || (id < 0 && v[j] == best)) && (int32_t)(i + j) != banned) {
+                best = v[j];
+                id = (int32_t)(i + j);
+            }
         }
+        if (highest > found.highest)
+            found.sum *= __expf(found.highest - highest);
+        found.highest = highest;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            found.sum += v[j] == highest ? 1.0f : __expf(v[j] - highest);
+    }
+    if (id >= 0)
+        found.key = key_of(best, id);
+    return found;
+}
+
+template <int N> static __global__ void __launch_bounds__(SPLIT_THREADS) split_kernel(struct sample_task task)
+{
+    __shared__ struct split_result warps[SPLIT_THREADS / WARP];
+    __shared__ bool last;
+    int64_t r = blockIdx.y, stretch = divide_up(divide_up(task.vocab, N), SPLITS) * N;
+    int64_t begin = blockIdx.x * stretch, end = begin + stretch < task.vocab ? begin + stretch : task.vocab;
+    const float *logits = task.logits + r * task.stride;
+    struct split_result found = merge_warp(look_at<N>(logits, begin, end, task.at.settings[r].banned));
+    if (threadIdx.x % WARP == 0)
+        warps[threadIdx.x / WARP] = found;
+    __syncthreads();
+    struct split_result *splits = task.at.splits + r * SPLITS;
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < SPLIT_THREADS / WARP; i++)
+            merge(found, warps[i]);
+        splits[blockIdx.x] = found;
+        __threadfence();
+        last = atomicAdd(&task.at.arrived[r], 1) == SPLITS - 1;
+    }
+    __syncthreads();
+    if (!last || threadIdx.x >= WARP)
+        return;
+    __threadfence();
+    found = {0, -INFINITY, 0.0f};
+    if (threadIdx.x < SPLITS) {
+        found.key = __ldcg(&splits[threadIdx.x].key);
+        found.highest = __ldcg(&splits[threadIdx.x].highest);
+        found.sum = __ldcg(&splits[threadIdx.x].sum);
+    }
+    found = merge_warp(found);
+    if (threadIdx.x != 0)
+        return;
+    double total = (double)found.highest + log((double)found.sum);
+    int32_t id = found.key != 0 ? id_of(found.key) : 0;
+    task.at.arrived[r] = 0;
+    task.at.totals[r] = total;
+    if (task.at.settings[r].plain) {
+        task.at.ids[r] = id;
+        task.at.logprobs[r] = (float)((double)logits[id] - total);
     }
 }
 
@@ -342,135 +429,255 @@ static bool wants_history(const struct sample_row *row)
     return row->repetition_penalty != 1.0f || row->presence_penalty != 0.0f || row->frequency_penalty != 0.0f;
 }
 
-/* The settings of some rows, their histories and biases, in one array for one copy:
- * [settings][biases][histories]. */
-static int stage_rows(struct kernel_device *device, const struct sample_row *rows, int64_t n_rows,
-                      struct sample_task *task)
+static bool is_plain(const struct sample_row *row)
 {
-    int64_t n_bias = 0, n_history = 0;
-    for (int64_t r = 0; r < n_rows; r++) {
-        n_bias += rows[r].n_bias;
-        n_history += wants_history(&rows[r]) ? rows[r].n_history : 0;
-    }
-    size_t bias_at = (size_t)n_rows * sizeof(struct row_settings);
-    size_t history_at = bias_at + (size_t)n_bias * sizeof(struct logit_bias);
-    size_t bytes = history_at + (size_t)n_history * sizeof(int32_t);
-    char *packed = (char *)malloc(bytes);
-    if (packed == NULL)
-        return KERNEL_NO_MEMORY;
-    n_bias = n_history = 0;
-    for (int64_t r = 0; r < n_rows; r++) {
-        const struct sample_row *row = &rows[r];
-        struct row_settings settings = {};
-        settings.temperature = row->temperature;
-        settings.top_p = row->top_p;
-        settings.min_p = row->min_p;
-        settings.repetition_penalty = row->repetition_penalty;
-        settings.presence_penalty = row->presence_penalty;
-        settings.frequency_penalty = row->frequency_penalty;
-        settings.draw = philox_uniform(row->seed, row->position);
-        settings.top_k = row->top_k;
-        settings.banned = row->banned;
-        settings.n_top = row->n_top;
-        settings.bias = n_bias;
-        settings.n_bias = row->n_bias;
-        settings.history = n_history;
-        settings.n_history = wants_history(row) ? row->n_history : 0;
-        settings.n_prompt = row->n_prompt;
-        memcpy(packed + (size_t)r * sizeof(settings), &settings, sizeof(settings));
-        if (settings.n_bias > 0)
-            memcpy(packed + bias_at + (size_t)n_bias * sizeof(struct logit_bias), row->bias,
-                   (size_t)settings.n_bias * sizeof(struct logit_bias));
-        if (settings.n_history > 0)
-            memcpy(packed + history_at + (size_t)n_history * sizeof(int32_t), row->history,
-                   (size_t)settings.n_history * sizeof(int32_t));
-        n_bias += settings.n_bias;
-        n_history += settings.n_history;
-    }
-    const void *staged = NULL;
-    int status = cuda_stage(device, packed, bytes, &staged);
-    free(packed);
+    return row->temperature == 0.0f && !wants_history(row) && row->n_bias == 0 && row->n_top == 0;
+}
+
+/* Gives a pointer its part of a memory that has room for so many rows. */
+template <typename P> static void carve(char **memory, int64_t rows, int64_t of_a_row, P **ret_pointer)
+{
+    *ret_pointer = (P *)(void *)*memory;
+    *memory += rows * of_a_row * (int64_t)sizeof(P); /* a multiple of 256 bytes */
+}
+
+/* The memory for so many rows, and for as many as there ever were. It moves when it grows. */
+static int sample_memory_get(struct kernel_device *device, int64_t rows, struct sample_memory *ret_memory)
+{
+    struct sample_memory at = {};
+    const size_t row_bytes = (1 + KERNEL_TOP_MAX) * (sizeof(*at.ids) + sizeof(*at.logprobs)) +
+                             sizeof(*at.settings) + SPLITS * sizeof(*at.splits) + sizeof(*at.totals) +
+                             sizeof(*at.arrived);
+    at.rows = (int64_t)(device->scratch[CUDA_SCRATCH_SAMPLE].bytes / row_bytes);
+    bool grows = at.rows < rows;
+    if (grows)
+        at.rows = divide_up(rows, ROWS_UNIT) * ROWS_UNIT;
+    void *memory = NULL;
+    int status = cuda_scratch(device, CUDA_SCRATCH_SAMPLE, (size_t)at.rows * row_bytes, &memory);
+    if (status == KERNEL_OK && grows)
+        status = cuda_check(device, cudaMemsetAsync(memory, 0, (size_t)at.rows * row_bytes, device->stream));
     if (status != KERNEL_OK)
         return status;
-    task->rows = (const struct row_settings *)staged;
-    task->bias = (const struct logit_bias *)((const char *)staged + bias_at);
-    task->history = (const int32_t *)((const char *)staged + history_at);
+    char *next = (char *)memory;
+    carve(&next, at.rows, 1, &at.ids);
+    carve(&next, at.rows, 1, &at.logprobs);
+    carve(&next, at.rows, KERNEL_TOP_MAX, &at.top_ids);
+    carve(&next, at.rows, KERNEL_TOP_MAX, &at.top_logprobs);
+    carve(&next, at.rows, 1, &at.settings);
+    carve(&next, at.rows, SPLITS, &at.splits);
+    carve(&next, at.rows, 1, &at.totals);
+    carve(&next, at.rows, 1, &at.arrived);
+    *ret_memory = at;
     return KERNEL_OK;
 }
 
-/* One copy back for a batch of rows. */
-struct row_results {
-    int32_t ids[ROWS_AT_ONCE];
-    float logprobs[ROWS_AT_ONCE];
-    int32_t top_ids[ROWS_AT_ONCE * KERNEL_TOP_MAX];
-    float top_logprobs[ROWS_AT_ONCE * KERNEL_TOP_MAX];
-};
-
-static int sample_batch(struct kernel_device *device, const struct sample_args *s, int64_t first,
-                        int64_t rows, struct sample_task task, struct row_results *on_device)
+static int check_args(const struct sample_args *s)
 {
-    int status = stage_rows(device, s->row + first, rows, &task);
-    if (status != KERNEL_OK)
-        return status;
-    task.logits = s->logits + first * s->logits_stride;
-    sample_kernel<<<(unsigned)rows, THREADS, 0, device->stream>>>(task);
-    status = cuda_launched(device);
-    static_assert(sizeof(struct row_results) < 64 << 10, "fits the stack");
-    struct row_results results;
-    if (status == KERNEL_OK)
-        status = cuda_copy_out(device, &results, on_device, sizeof(results));
-    if (status != KERNEL_OK)
-        return status;
-    memcpy(s->ids + first, results.ids, (size_t)rows * sizeof(int32_t));
-    memcpy(s->logprobs + first, results.logprobs, (size_t)rows * sizeof(float));
-    for (int64_t r = 0; r < rows && s->top_ids != NULL; r++) {
-        size_t count = (size_t)(s->row[first + r].n_top < s->vocab ? s->row[first + r].n_top : s->vocab);
-        memcpy(s->top_ids + (first + r) * KERNEL_TOP_MAX, results.top_ids + r * KERNEL_TOP_MAX,
-               count * sizeof(int32_t));
-        memcpy(s->top_logprobs + (first + r) * KERNEL_TOP_MAX, results.top_logprobs + r * KERNEL_TOP_MAX,
-               count * sizeof(float));
-    }
-    return KERNEL_OK;
-}
-
-int cuda_sample(struct kernel_device *device, const struct sample_args *s)
-{
-    int status = cuda_enter(device);
-    if (status != KERNEL_OK)
-        return status;
+    if (s->rows > UINT16_MAX)
+        return KERNEL_UNSUPPORTED;
     if (s->rows < 0 || s->vocab <= 0 || s->vocab > INT32_MAX || s->logits_stride < s->vocab)
         return KERNEL_INVALID;
     for (int64_t r = 0; r < s->rows; r++)
         if (!row_valid(&s->row[r], s->vocab))
             return KERNEL_INVALID;
-    if (s->rows == 0)
-        return KERNEL_OK;
+    return KERNEL_OK;
+}
 
-    int64_t at_once = s->rows < ROWS_AT_ONCE ? s->rows : (int64_t)ROWS_AT_ONCE, cells = at_once * s->vocab;
-    size_t results_bytes = (sizeof(struct row_results) + 255) / 256 * 256;
-    void *scratch = NULL;
-    status = cuda_scratch(device, CUDA_SCRATCH_OP, results_bytes + (size_t)cells * 16, &scratch);
+int cuda_sample_stage(struct kernel_device *device, const struct sample_args *s, bool *ret_plain)
+{
+    struct sample_memory at;
+    int status = cuda_enter(device);
+    if (status == KERNEL_OK)
+        status = check_args(s);
+    if (status == KERNEL_OK)
+        status = sample_memory_get(device, s->rows, &at);
     if (status != KERNEL_OK)
         return status;
-    struct row_results *results = (struct row_results *)scratch;
+    size_t bytes = (size_t)s->rows * sizeof(struct row_settings);
+    struct row_settings *settings = (struct row_settings *)calloc(1, bytes + 1);
+    if (settings == NULL)
+        return KERNEL_NO_MEMORY;
+    int64_t n_history = 0, n_bias = 0;
+    bool plain = true;
+    for (int64_t r = 0; r < s->rows; r++) {
+        const struct sample_row *row = &s->row[r];
+        struct row_settings *to = &settings[r];
+        to->banned = row->banned;
+        to->plain = is_plain(row);
+        plain = plain && to->plain;
+        if (to->plain)
+            continue;
+        to->temperature = row->temperature;
+        to->top_p = row->top_p;
+        to->min_p = row->min_p;
+        to->repetition_penalty = row->repetition_penalty;
+        to->presence_penalty = row->presence_penalty;
+        to->frequency_penalty = row->frequency_penalty;
+        to->draw = philox_uniform(row->seed, row->position);
+        to->top_k = row->top_k;
+        to->n_top = row->n_top;
+        to->n_prompt = row->n_prompt;
+        to->history = n_history;
+        to->n_history = wants_history(row) ? row->n_history : 0;
+        to->bias = n_bias;
+        to->n_bias = row->n_bias;
+        n_history += to->n_history;
+        n_bias += to->n_bias;
+    }
+    status = cuda_copy_in(device, at.settings, settings, bytes);
+    free(settings);
+    if (status == KERNEL_OK)
+        *ret_plain = plain;
+    return status;
+}
+
+static int split_rows(struct kernel_device *device, const struct sample_task &task, int64_t rows)
+{
+    dim3 grid(SPLITS, (unsigned)rows);
+    constexpr int N = pack<float>::COUNT;
+    if (cuda_aligned(task.logits, task.stride) && task.vocab % N == 0)
+        split_kernel<N><<<grid, SPLIT_THREADS, 0, device->stream>>>(task);
+    else
+        split_kernel<1><<<grid, SPLIT_THREADS, 0, device->stream>>>(task);
+    return cuda_launched(device);
+}
+
+int cuda_sample_plain(struct kernel_device *device, const float *logits, int64_t logits_stride, int64_t rows,
+                      int64_t vocab, const int32_t **ret_ids)
+{
     struct sample_task task = {};
-    task.stride = s->logits_stride;
-    task.vocab = s->vocab;
-    task.weights = (word *)((char *)scratch + results_bytes);
+    int status = cuda_enter(device);
+    if (status == KERNEL_OK)
+        status = sample_memory_get(device, rows, &task.at);
+    if (status != KERNEL_OK)
+        return status;
+    task.logits = logits;
+    task.stride = logits_stride;
+    task.vocab = vocab;
+    *ret_ids = task.at.ids;
+    return rows > 0 ? split_rows(device, task, rows) : KERNEL_OK;
+}
+
+/* What rows that are not plain need, in one array for one copy: [numbers of the rows][biases][histories]. */
+static int stage_rows(struct kernel_device *device, const struct sample_args *s, struct sample_task *task,
+                      int32_t *ret_count)
+{
+    int64_t count = 0, n_bias = 0, n_history = 0;
+    for (int64_t r = 0; r < s->rows; r++) {
+        count += !is_plain(&s->row[r]);
+        n_bias += s->row[r].n_bias;
+        n_history += wants_history(&s->row[r]) ? s->row[r].n_history : 0;
+    }
+    size_t bias_at = (size_t)count * sizeof(int32_t);
+    size_t history_at = bias_at + (size_t)n_bias * sizeof(struct logit_bias);
+    char *packed = (char *)malloc(history_at + (size_t)n_history * sizeof(int32_t) + 1);
+    if (packed == NULL)
+        return KERNEL_NO_MEMORY;
+    int32_t *numbers = (int32_t *)packed, *histories = (int32_t *)(packed + history_at);
+    struct logit_bias *biases = (struct logit_bias *)(packed + bias_at);
+    for (int64_t r = 0; r < s->rows; r++) {
+        const struct sample_row *row = &s->row[r];
+        if (is_plain(row))
+            continue;
+        *numbers++ = (int32_t)r;
+        for (int32_t i = 0; i < row->n_bias; i++)
+            *biases++ = row->bias[i];
+        for (int32_t i = 0; wants_history(row) && i < row->n_history; i++)
+            *histories++ = row->history[i];
+    }
+    const void *staged = NULL;
+    int status = cuda_stage(device, packed, (size_t)((char *)histories - packed), &staged);
+    free(packed);
+    if (status != KERNEL_OK)
+        return status;
+    task->rows = (const int32_t *)staged;
+    task->bias = (const struct logit_bias *)((const char *)staged + bias_at);
+    task->history = (const int32_t *)((const char *)staged + history_at);
+    *ret_count = (int32_t)count;
+    return KERNEL_OK;
+}
+
+static int sample_rows(struct kernel_device *device, const struct sample_args *s, struct sample_task task)
+{
+    int32_t count = 0;
+    int status = stage_rows(device, s, &task, &count);
+    if (status != KERNEL_OK)
+        return status;
+    int32_t at_once = count < ROWS_AT_ONCE ? count : ROWS_AT_ONCE;
+    int64_t cells = at_once * s->vocab;
+    void *scratch = NULL;
+    status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)cells * 16, &scratch);
+    if (status != KERNEL_OK)
+        return status;
+    task.weights = (word *)scratch;
     task.adjusted = (float *)(task.weights + cells);
     task.counts = (int32_t *)(task.adjusted + cells);
     task.weight_shift = 62;
     for (int64_t most = 1; most < s->vocab; most *= 2)
         task.weight_shift--;
-    task.ids = results->ids;
-    task.logprobs = results->logprobs;
-    task.top_ids = results->top_ids;
-    task.top_logprobs = results->top_logprobs;
-    status = cuda_check(device, cudaMemsetAsync(scratch, 0, results_bytes, device->stream));
+    int32_t n_top = 0;
+    for (int64_t r = 0; r < s->rows; r++)
+        n_top = s->row[r].n_top > n_top ? s->row[r].n_top : n_top;
+    size_t shared = block_top_bytes(n_top, divide_up(s->vocab, THREADS));
+    if (shared + 16384 > (size_t)device->shared_bytes)
+        return KERNEL_UNSUPPORTED;
+    status = cuda_check(device, cudaFuncSetAttribute(
+                                    sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     if (status == KERNEL_OK)
         status = cuda_check(device, cudaMemsetAsync(task.counts, 0, (size_t)cells * 4, device->stream));
-    for (int64_t first = 0; first < s->rows && status == KERNEL_OK; first += at_once)
-        status = sample_batch(device, s, first, s->rows - first < at_once ? s->rows - first : at_once, task,
-                              results);
+    for (int32_t first = 0; first < count && status == KERNEL_OK; first += at_once) {
+        unsigned rows = (unsigned)(count - first < at_once ? count - first : at_once);
+        sample_kernel<<<rows, THREADS, shared, device->stream>>>(task, first);
+        status = cuda_launched(device);
+    }
     return status;
+}
+
+int cuda_sample_fetch(struct kernel_device *device, const struct sample_args *s)
+{
+    struct sample_memory at;
+    int status = sample_memory_get(device, s->rows, &at);
+    if (status != KERNEL_OK || s->rows == 0)
+        return status;
+    int64_t tops = 0;
+    for (int64_t r = 0; r < s->rows && s->top_ids != NULL; r++)
+        tops += s->row[r].n_top;
+    const char *begin = (const char *)at.ids;
+    size_t bytes = (size_t)((tops > 0 ? (char *)at.settings : (char *)(at.logprobs + s->rows)) - begin);
+    char *results = (char *)malloc(bytes);
+    if (results == NULL)
+        return KERNEL_NO_MEMORY;
+    status = cuda_copy_out(device, results, begin, bytes);
+    if (status == KERNEL_OK) {
+        memcpy(s->ids, results, (size_t)s->rows * sizeof(int32_t));
+        memcpy(s->logprobs, results + ((char *)at.logprobs - begin), (size_t)s->rows * sizeof(float));
+    }
+    for (int64_t r = 0; r < s->rows && tops > 0 && status == KERNEL_OK; r++) {
+        size_t count = (size_t)(s->row[r].n_top < s->vocab ? s->row[r].n_top : s->vocab);
+        memcpy(s->top_ids + r * KERNEL_TOP_MAX, results + ((char *)(at.top_ids + r * KERNEL_TOP_MAX) - begin),
+               count * sizeof(int32_t));
+        memcpy(s->top_logprobs + r * KERNEL_TOP_MAX,
+               results + ((char *)(at.top_logprobs + r * KERNEL_TOP_MAX) - begin), count * sizeof(float));
+    }
+    free(results);
+    return status;
+}
+
+int cuda_sample(struct kernel_device *device, const struct sample_args *s)
+{
+    bool plain = true;
+    const int32_t *ids;
+    int status = cuda_sample_stage(device, s, &plain);
+    if (status == KERNEL_OK)
+        status = cuda_sample_plain(device, s->logits, s->logits_stride, s->rows, s->vocab, &ids);
+    if (status == KERNEL_OK && !plain) {
+        struct sample_task task = {};
+        task.logits = s->logits;
+        task.stride = s->logits_stride;
+        task.vocab = s->vocab;
+        status = sample_memory_get(device, s->rows, &task.at);
+        if (status == KERNEL_OK)
+            status = sample_rows(device, s, task);
+    }
+    return status == KERNEL_OK ? cuda_sample_fetch(device, s) : status;
 }

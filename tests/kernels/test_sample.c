@@ -250,6 +250,7 @@ static void everywhere(void **state)
 struct sample_case {
     int64_t rows, vocab, gap;
     float range; /* of the logits: a flat or a peaked distribution */
+    bool plain;  /* the highest logit, with ties, and nothing else */
 };
 
 /* Every row with other settings. */
@@ -281,6 +282,12 @@ static void sample_case(struct session *s, const void *param)
             .n_top = (int32_t)(r % (KERNEL_TOP_MAX + 1) < p->vocab ? r % (KERNEL_TOP_MAX + 1) : p->vocab),
         };
     }
+    for (int64_t r = 0; p->plain && r < p->rows; r++) {
+        rows[r] = (struct sample_row){.top_p = 1, .repetition_penalty = 1, .banned = (int32_t)(r % 3) - 1};
+        for (int64_t i = r; i < p->vocab; i += 7 + 100 * r)
+            logits[r * stride + i] = p->range;
+    }
+    inputs_settle(s);
     struct sample_args args = {
         .rows = p->rows,
         .vocab = p->vocab,
@@ -301,8 +308,20 @@ static void test_sample_compare(void **state)
 {
     (void)state;
     static const struct sample_case cases[] = {
-        {1, 1, 0, 1},        {1, 2, 0, 1},     {3, 15, 1, 3},    {33, 16, 0, 0.1f},   {33, 257, 3, 10},
-        {33, 1003, 0, 0.5f}, {33, 8191, 5, 4}, {9, 50280, 0, 8}, {9, 50280, 0, 0.2f}, {30, 4097, 0, 15},
+        {1, 1, 0, 1},
+        {1, 2, 0, 1},
+        {3, 15, 1, 3},
+        {33, 16, 0, 0.1f},
+        {33, 257, 3, 10},
+        {33, 1003, 0, 0.5f},
+        {33, 8191, 5, 4},
+        {9, 50280, 0, 8},
+        {9, 50280, 0, 0.2f},
+        {30, 4097, 0, 15},
+        {5, 3, 0, 1, true},
+        {64, 1001, 2, 3, true},
+        {17, 50280, 0, 8, true},
+        {3, 50279, 4, 8, true},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
         compare_backends(sample_case, &cases[i], "sample %lld of %lld, range %g", (long long)cases[i].rows,
