@@ -1,8 +1,9 @@
-/* head.cu: the output layer and its loss. Rows go through in chunks: fp32 logits by one product into the workspace;
+/* head.cu: the output layer and its loss, whatever the types; head_fused.cu does BF16 on Hopper. Rows go through in chunks: fp32 logits by one product into the workspace;
  * a block a row for the scores, which leaves the gradient of the logits in their place, narrowed to the type of the
  * activations; then the products for d_hidden and d_weight. Ignored rows go along with a gradient of zero: which they
  * are is known to the device alone. So is a target out of range, whose row gets NaN and no gradient. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/head.cuh"
+#include "kernels/cuda/keys.cuh"
 
 namespace
 {
@@ -26,51 +27,6 @@ int64_t chunk_rows(int64_t rows, int64_t vocab)
 }
 
 /* ---- one row ---- */
-
-/* The better of two (logit, id): the higher, of equals the lower id; id -1 is none. */
-struct candidate {
-    float logit;
-    int32_t id;
-};
-
-__device__ __forceinline__ bool better(const struct candidate &a, const struct candidate &b)
-{
-    return b.id < 0 || (a.id >= 0 && (a.logit > b.logit || (a.logit == b.logit && a.id < b.id)));
-}
-
-/* The best of the block's candidates, for every thread. */
-__device__ struct candidate block_best(struct candidate best)
-{
-    __shared__ struct candidate warps[ROW_THREADS / WARP];
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) {
-        struct candidate other = {__shfl_xor_sync(0xffffffffu, best.logit, step),
-                                  __shfl_xor_sync(0xffffffffu, best.id, step)};
-        if (better(other, best))
-            best = other;
-    }
-    __syncthreads(); /* an earlier call's readers are done */
-    if (threadIdx.x % WARP == 0)
-        warps[threadIdx.x / WARP] = best;
-    __syncthreads();
-    best = warps[0];
-    for (int i = 1; i < ROW_THREADS / WARP; i++)
-        if (better(warps[i], best))
-            best = warps[i];
-    return best;
-}
-
-/* The id that follows `previous` in descending order of logit; previous.id < 0 asks for the first. */
-__device__ struct candidate next_best(const float *logits, int64_t vocab, struct candidate previous)
-{
-    struct candidate best = {0.0f, -1};
-    for (int32_t j = (int32_t)threadIdx.x; j < vocab; j += ROW_THREADS) {
-        struct candidate one = {logits[j], j};
-        if ((previous.id < 0 || better(previous, one)) && one.id != previous.id && better(one, best))
-            best = one;
-    }
-    return block_best(best);
-}
 
 /* dlogits = GRADIENT_UNIT (softmax - one at the target), in the first halves of the logits' own bytes when T is narrower:
  * every element is read before the write that covers it, since a write never runs ahead of the reads. */
@@ -99,16 +55,10 @@ __device__ void write_gradient(float *logits, int64_t vocab, int32_t target, flo
     }
 }
 
-/* What rows came to, for the sums. */
-struct scores {
-    float *logprobs; /* [rows]: of the target; 0 where it is ignored */
-    int32_t *right;  /* [rows]: 1 where the target is the argmax */
-};
-
 /* logits: [gridDim.x,vocab], rows from first_row on of the caller's. N: elements at a time. */
 template <typename T, int N>
 __global__ void __launch_bounds__(ROW_THREADS, 1024 / ROW_THREADS)
-    row_kernel(struct head_args h, struct scores scores, float *all_logits, int64_t first_row)
+    row_kernel(struct head_args h, struct head_scores scores, float *all_logits, int64_t first_row)
 {
     int64_t row = first_row + blockIdx.x, vocab = h.vocab;
     float *logits = all_logits + blockIdx.x * vocab;
@@ -117,57 +67,65 @@ __global__ void __launch_bounds__(ROW_THREADS, 1024 / ROW_THREADS)
     bool scored = target >= 0 && target < vocab;
 
     /* Largest logit and sum of exponentials in one pass. */
-    struct candidate best = {-INFINITY, -1};
-    float sum = 0.0f;
+    float max = -INFINITY, sum = 0.0f;
+    int32_t id = -1;
 #pragma unroll 3
     for (int32_t j = (int32_t)threadIdx.x * N; j < vocab; j += ROW_THREADS * N) {
-        float v[N], before = best.logit;
+        float v[N], before = max;
         load_pack(logits + j, v);
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            if (v[i] > best.logit || (best.id < 0 && v[i] == best.logit))
-                best = {v[i], j + i};
-        if (best.logit > before)
-            sum *= __expf(before - best.logit);
+        for (int i = 0; i < N; i++) {
+            if (v[i] > max || (id < 0 && v[i] == max)) {
+                max = v[i];
+                id = j + i;
+            }
+        }
+        if (max > before)
+            sum *= __expf(before - max);
 #pragma unroll
         for (int i = 0; i < N; i++)
-            sum += v[i] == best.logit ? 1.0f : __expf(v[i] - best.logit);
+            sum += v[i] == max ? 1.0f : __expf(v[i] - max);
     }
-    float max = best.logit;
-    best = block_best(best);
-    if (max != best.logit)
-        sum *= __expf(max - best.logit);
-    max = best.logit;
+    word own = id >= 0 ? key_of(max, id) : 0, best = block_highest<ROW_THREADS>(own);
+    float highest = best != 0 ? logit_of(best) : -INFINITY;
+    if (max != highest)
+        sum *= __expf(max - highest);
     sum = block_sum<ROW_THREADS>(sum);
     float log_sum = logf(sum);
 
     if (threadIdx.x == 0) {
-        float logprob = scored ? (logits[target] - max) - log_sum : target < 0 ? 0.0f : NAN;
+        float logprob = scored ? (logits[target] - highest) - log_sum : target < 0 ? 0.0f : NAN;
+        id = best != 0 ? id_of(best) : 0;
         if (h.argmax != NULL)
-            h.argmax[row] = best.id < 0 ? 0 : best.id;
+            h.argmax[row] = id;
         if (h.logprobs != NULL)
             h.logprobs[row] = logprob;
         scores.logprobs[row] = logprob;
-        scores.right[row] = best.id == target;
+        scores.right[row] = id == target;
     }
-    struct candidate top = {0.0f, -1};
-    for (int32_t i = 0; h.top_ids != NULL && i < h.n_top; i++) {
+    if (h.top_ids != NULL) {
+        extern __shared__ word list[];
+        __shared__ word top[KERNEL_TOP_MAX];
         if (scored)
-            top = i == 0 ? best : next_best(logits, vocab, top);
-        if (threadIdx.x == 0) {
-            h.top_ids[row * h.n_top + i] = scored && top.id >= 0 ? top.id : 0;
-            h.top_logprobs[row * h.n_top + i] = scored ? (top.logit - max) - log_sum : 0.0f;
+            block_top<ROW_THREADS>(logits, vocab, own, h.n_top, list, top);
+        int32_t i = (int32_t)threadIdx.x;
+        if (i < h.n_top) {
+            bool there = scored && top[i] != 0;
+            h.top_ids[row * h.n_top + i] = there ? id_of(top[i]) : 0;
+            h.top_logprobs[row * h.n_top + i] = there    ? (logit_of(top[i]) - highest) - log_sum
+                                                : scored ? NAN
+                                                         : 0.0f;
         }
     }
     if (gradient) {
         __syncthreads(); /* thread 0 has read the target's logit */
-        write_gradient<T, N>(logits, vocab, target, max, sum);
+        write_gradient<T, N>(logits, vocab, target, highest, sum);
     }
 }
 
 /* One block, so that the order of the sum follows from the number of rows alone. */
 __global__ void __launch_bounds__(ROW_THREADS)
-    sum_kernel(struct scores scores, int64_t rows, double *loss_sum, int64_t *n_correct)
+    sum_kernel(struct head_scores scores, int64_t rows, double *loss_sum, int64_t *n_correct)
 {
     double loss = 0;
     int64_t right = 0;
@@ -190,15 +148,62 @@ cudaDataType_t blas_type(enum kernel_type type)
     return type == TYPE_BF16 ? CUDA_R_16BF : type == TYPE_F16 ? CUDA_R_16F : CUDA_R_32F;
 }
 
-struct matrix {
-    const void *p;
-    int64_t stride;
-    bool transposed;
-};
+template <typename T, int N>
+int launch_rows(struct kernel_device *device, const struct head_args *h, float *logits, int64_t first,
+                int64_t rows)
+{
+    size_t shared =
+        h->top_ids != NULL ? block_top_bytes(h->n_top, divide_up(h->vocab, (int64_t)ROW_THREADS * N) * N) : 0;
+    if (shared + 8192 > (size_t)device->shared_bytes)
+        return KERNEL_UNSUPPORTED;
+    int status =
+        cuda_check(device, cudaFuncSetAttribute(row_kernel<T, N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                (int)shared));
+    if (status != KERNEL_OK)
+        return status;
+    row_kernel<T, N>
+        <<<(unsigned)rows, ROW_THREADS, shared, device->stream>>>(*h, head_scores_of(h), logits, first);
+    return cuda_launched(device);
+}
 
-/* Row-major C[m,n] = alpha op(A) op(B) + beta C, A and B of one type, C of another. See gemm.cu. */
-int product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struct matrix a, struct matrix b,
-            enum kernel_type type, bool tf32, float alpha, void *c, enum kernel_type c_type, float beta)
+template <typename T>
+int score_rows(struct kernel_device *device, const struct head_args *h, float *logits, int64_t first,
+               int64_t rows)
+{
+    constexpr int N = 8;
+    bool whole = h->vocab % N == 0 && cuda_aligned(logits, h->vocab);
+    return whole ? launch_rows<T, N>(device, h, logits, first, rows)
+                 : launch_rows<T, 1>(device, h, logits, first, rows);
+}
+
+/* weight: of the type of the activations. */
+int chunk_run(struct kernel_device *device, const struct head_args *h, const void *weight, int64_t first,
+              int64_t rows)
+{
+    int64_t size = (int64_t)kernel_type_size(h->act), d = h->d_model, vocab = h->vocab;
+    const void *hidden = (const char *)h->hidden + first * d * size;
+    float *logits = (float *)((char *)h->workspace + head_scores_bytes(h->rows));
+    int status = head_product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, h->tf32,
+                              1.0f, logits, TYPE_F32, 0.0f);
+    if (status != KERNEL_OK)
+        return status;
+    CUDA_WITH_TYPE(h->act, T, status = score_rows<T>(device, h, logits, first, rows));
+    float scale = h->grad_scale / GRADIENT_UNIT;
+    int64_t grad_stride = vocab * (int64_t)sizeof(float) / size; /* the gradients keep the logits' rows */
+    if (h->d_hidden != NULL && status == KERNEL_OK)
+        status = head_product(device, rows, d, vocab, {logits, grad_stride, false}, {weight, d, false},
+                              h->act, h->tf32, scale, (char *)h->d_hidden + first * d * size, h->act, 0.0f);
+    if (h->d_weight != NULL && status == KERNEL_OK)
+        status = head_product(device, vocab, d, rows, {logits, grad_stride, true}, {hidden, d, false}, h->act,
+                              h->tf32, scale, h->d_weight, TYPE_F32, 1.0f);
+    return status;
+}
+
+} // namespace
+
+int head_product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struct head_matrix a,
+                 struct head_matrix b, enum kernel_type type, bool tf32, float alpha, void *c,
+                 enum kernel_type c_type, float beta)
 {
     return cuda_check_blas(
         device, device->cublas->gemm_ex(
@@ -209,60 +214,11 @@ int product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struc
                     CUBLAS_GEMM_DEFAULT));
 }
 
-/* The workspace: scores of all rows, then the logits of a chunk. */
-int64_t scores_bytes(int64_t rows)
-{
-    return divide_up(rows * (int64_t)(sizeof(float) + sizeof(int32_t)), 256) * 256;
-}
-
-struct scores scores_of(const struct head_args *h)
-{
-    float *logprobs = (float *)h->workspace;
-    return {logprobs, (int32_t *)(logprobs + h->rows)};
-}
-
-template <typename T>
-void launch_rows(struct kernel_device *device, const struct head_args *h, float *logits, int64_t first,
-                 int64_t rows)
-{
-    constexpr int N = 8;
-    if (h->vocab % N == 0 && cuda_aligned(logits, h->vocab))
-        row_kernel<T, N><<<(unsigned)rows, ROW_THREADS, 0, device->stream>>>(*h, scores_of(h), logits, first);
-    else
-        row_kernel<T, 1><<<(unsigned)rows, ROW_THREADS, 0, device->stream>>>(*h, scores_of(h), logits, first);
-}
-
-/* weight: of the type of the activations. */
-int chunk_run(struct kernel_device *device, const struct head_args *h, const void *weight, int64_t first,
-              int64_t rows)
-{
-    int64_t size = (int64_t)kernel_type_size(h->act), d = h->d_model, vocab = h->vocab;
-    const void *hidden = (const char *)h->hidden + first * d * size;
-    float *logits = (float *)((char *)h->workspace + scores_bytes(h->rows));
-    int status = product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, h->tf32, 1.0f,
-                         logits, TYPE_F32, 0.0f);
-    if (status != KERNEL_OK)
-        return status;
-    CUDA_WITH_TYPE(h->act, T, launch_rows<T>(device, h, logits, first, rows));
-    status = cuda_launched(device);
-    float scale = h->grad_scale / GRADIENT_UNIT;
-    int64_t grad_stride = vocab * (int64_t)sizeof(float) / size; /* the gradients keep the logits' rows */
-    if (h->d_hidden != NULL && status == KERNEL_OK)
-        status = product(device, rows, d, vocab, {logits, grad_stride, false}, {weight, d, false}, h->act,
-                         h->tf32, scale, (char *)h->d_hidden + first * d * size, h->act, 0.0f);
-    if (h->d_weight != NULL && status == KERNEL_OK)
-        status = product(device, vocab, d, rows, {logits, grad_stride, true}, {hidden, d, false}, h->act,
-                         h->tf32, scale, h->d_weight, TYPE_F32, 1.0f);
-    return status;
-}
-
-} // namespace
-
 int64_t cuda_head_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool backward)
 {
-    (void)d_model;
-    (void)backward;
-    return scores_bytes(rows) + chunk_rows(rows, vocab) * vocab * (int64_t)sizeof(float);
+    int64_t logits = chunk_rows(rows, vocab) * vocab * (int64_t)sizeof(float);
+    int64_t fused = head_fused_workspace(rows, d_model, vocab, backward);
+    return head_scores_bytes(rows) + (logits > fused ? logits : fused);
 }
 
 int cuda_head(struct kernel_device *device, const struct head_args *h)
@@ -272,7 +228,8 @@ int cuda_head(struct kernel_device *device, const struct head_args *h)
         return status;
     if (h->rows < 0 || h->d_model < 0 || h->vocab <= 0 || h->vocab > INT32_MAX || h->n_top < 0 ||
         h->n_top > KERNEL_TOP_MAX || (h->top_ids != NULL && h->n_top > h->vocab) ||
-        h->workspace_bytes < cuda_head_workspace(h->rows, h->d_model, h->vocab, h->d_hidden != NULL))
+        h->workspace_bytes <
+            cuda_head_workspace(h->rows, h->d_model, h->vocab, h->d_hidden != NULL || h->d_weight != NULL))
         return KERNEL_INVALID;
     if (!cuda_is_float(h->act) || !cuda_is_float(h->weight_type) || h->d_model == 0)
         return KERNEL_UNSUPPORTED;
@@ -288,11 +245,15 @@ int cuda_head(struct kernel_device *device, const struct head_args *h)
             status = cuda_cast(device, converted, h->act, h->weight, h->weight_type, count);
         weight = converted;
     }
+    bool fused = status == KERNEL_OK && head_fused_can(device, h, weight);
+    if (fused)
+        status = head_fused(device, h, weight);
     int64_t chunk = chunk_rows(h->rows, h->vocab);
-    for (int64_t first = 0; first < h->rows && status == KERNEL_OK; first += chunk)
+    for (int64_t first = 0; first < h->rows && !fused && status == KERNEL_OK; first += chunk)
         status = chunk_run(device, h, weight, first, h->rows - first < chunk ? h->rows - first : chunk);
     if (status == KERNEL_OK && (h->loss_sum != NULL || h->n_correct != NULL)) {
-        sum_kernel<<<1, ROW_THREADS, 0, device->stream>>>(scores_of(h), h->rows, h->loss_sum, h->n_correct);
+        sum_kernel<<<1, ROW_THREADS, 0, device->stream>>>(head_scores_of(h), h->rows, h->loss_sum,
+                                                          h->n_correct);
         status = cuda_launched(device);
     }
     return status;

@@ -85,6 +85,20 @@ static void test_head(void **state)
     struct head_case p = {
         .rows = 1134, .d_model = 8, .vocab = 130, .scores = true, .backward = true, .d_weight = true};
     compare_backends(head_case, &p, "head rows 1134");
+    /* What a GPU does without logits in memory: whole pieces of 64 columns, ids by eights. */
+    static const int64_t tiles[][3] = {
+        {1, 64, 8}, {63, 64, 264}, {129, 128, 1000}, {300, 192, 2056}, {257, 64, 256}};
+    for (int i = 0; i < 5; i++) {
+        for (int j = 0; j < 3; j++) {
+            p = (struct head_case){
+                .rows = tiles[i][0], .d_model = tiles[i][1], .vocab = tiles[i][2], .type = TYPE_BF16};
+            p.scores = true;
+            p.backward = j > 0;
+            p.d_weight = j > 1;
+            compare_backends(head_case, &p, "head in tiles, rows %lld vocab %lld", (long long)p.rows,
+                             (long long)p.vocab);
+        }
+    }
 }
 
 static void test_head_ties(void **state)
@@ -96,6 +110,9 @@ static void test_head_ties(void **state)
         p.type = weight_types[i];
         compare_backends(head_case, &p, "head with ties, %s", kernel_type_name(p.type));
     }
+    struct head_case tiles = {
+        .rows = 70, .d_model = 64, .vocab = 600, .type = TYPE_BF16, .scores = true, .whole_numbers = true};
+    compare_backends(head_case, &tiles, "head with ties in tiles");
 }
 
 struct optimizer_case {
