@@ -242,6 +242,91 @@ static void test_device(void **state)
     ops->device_close(NULL);
 }
 
+/* The host's array is the caller's again when copy_in returns, whether it was small or not. */
+static void test_copies(void **state)
+{
+    (void)state;
+    enum { MOST = 3 << 20, ROUNDS = 40 };
+    static const size_t sizes[] = {1, 255, 4096, 256 << 10, (256 << 10) + 1, 1 << 20, 100000};
+    struct session s;
+    session_open(&s, best_backend(), 2);
+    struct kernel_device_info before, now;
+    void *device = NULL;
+    unsigned char *host = malloc(MOST), *expected = calloc(1, MOST);
+    assert_non_null(host);
+    assert_non_null(expected);
+    assert_int_equal(s.ops->device_query(s.device, &before), KERNEL_OK);
+    assert_int_equal(s.ops->memory_alloc(s.device, MOST, &device), KERNEL_OK);
+    assert_int_equal(s.ops->device_query(s.device, &now), KERNEL_OK);
+    assert_true(now.allocated_bytes >= before.allocated_bytes + MOST &&
+                now.peak_bytes >= now.allocated_bytes);
+    assert_int_equal(s.ops->zero(s.device, device, MOST), KERNEL_OK);
+    for (int round = 0; round < ROUNDS; round++) {
+        size_t size = sizes[round % 7], at = random_next(&s) % (MOST - size);
+        memset(host, round + 1, size);
+        memset(expected + at, round + 1, size);
+        assert_int_equal(s.ops->copy_in(s.device, (char *)device + at, host, size), KERNEL_OK);
+        memset(host, 0xee, size);
+        if (round % 5 == 4) {
+            assert_int_equal(s.ops->copy_out(s.device, host, (char *)device + at, size), KERNEL_OK);
+            assert_memory_equal(host, expected + at, size);
+        }
+    }
+    assert_int_equal(s.ops->copy_out(s.device, host, device, MOST), KERNEL_OK);
+    assert_memory_equal(host, expected, MOST);
+    s.ops->memory_free(s.device, device);
+    s.ops->device_reset_peak(s.device);
+    assert_int_equal(s.ops->device_query(s.device, &now), KERNEL_OK);
+    assert_true(now.allocated_bytes < before.allocated_bytes + MOST && now.peak_bytes == now.allocated_bytes);
+    free(expected);
+    free(host);
+    session_close(&s);
+}
+
+/* Arrays of the host that come again, among more of them than a device remembers, with nothing waited for. */
+static void test_arrays_that_come_again(void **state)
+{
+    (void)state;
+    enum { LISTS = 41, COUNT = 100, ROUNDS = 3 };
+    struct session s;
+    session_open(&s, best_backend(), 2);
+    /* The pointers here are the device's own, not the mirror's. */
+    const struct kernel_ops *ops = best_backend() == kernels_cpu() ? kernels_cpu() : kernels_cuda();
+    void *memory = NULL;
+    assert_int_equal(ops->memory_alloc(s.device, LISTS * 4 * COUNT * sizeof(float), &memory), KERNEL_OK);
+    assert_int_equal(ops->zero(s.device, memory, LISTS * 4 * COUNT * sizeof(float)), KERNEL_OK);
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int i = 0; i < LISTS; i++) {
+            int list = round == 1 ? LISTS - 1 - i : i;
+            float *at = (float *)memory + (size_t)list * 4 * COUNT;
+            struct param_slice slices[2];
+            for (int j = 0; j < 2; j++)
+                slices[j] = (struct param_slice){.count = COUNT / 2,
+                                                 .param = at + j * COUNT / 2,
+                                                 .m = at + COUNT + j * COUNT / 2,
+                                                 .v = at + 2 * COUNT + j * COUNT / 2,
+                                                 .grad = at + 3 * COUNT + j * COUNT / 2};
+            struct adamw_args a = {
+                .slices = slices, .n_slices = 1 + list % 2, .lr = 1, .beta1 = 0, .beta2 = 0};
+            a.eps = 1, a.step = 1, a.grad_scale = 1;
+            float ones[COUNT];
+            for (int j = 0; j < COUNT; j++)
+                ones[j] = 1.0f;
+            assert_int_equal(ops->copy_in(s.device, at + 3 * COUNT, ones, sizeof(ones)), KERNEL_OK);
+            assert_int_equal(ops->adamw(s.device, &a), KERNEL_OK);
+        }
+    }
+    for (int list = 0; list < LISTS; list++) { /* each step is by g / (|g| + eps) = 1/2 */
+        float p[COUNT];
+        assert_int_equal(ops->copy_out(s.device, p, (float *)memory + (size_t)list * 4 * COUNT, sizeof(p)),
+                         KERNEL_OK);
+        for (int j = 0; j < COUNT; j++)
+            assert_true(p[j] == (j < COUNT / 2 || list % 2 == 1 ? -0.5f * ROUNDS : 0.0f));
+    }
+    ops->memory_free(s.device, memory);
+    session_close(&s);
+}
+
 /* What cannot be is refused before anything is touched: all pointers here are null. */
 static void test_refusals(void **state)
 {
@@ -299,6 +384,8 @@ int main(void)
         cmocka_unit_test(test_parallel),
         cmocka_unit_test(test_parallel_slow_tasks),
         cmocka_unit_test(test_device),
+        cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_arrays_that_come_again),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
