@@ -13,7 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { STATE_VERSION = 1, STATE_LIMIT = 1 << 20 };
+enum { STATE_VERSION = 2, STATE_LIMIT = 1 << 20 };
 #define STATE_FILE   "trainer_state.json"
 #define TENSORS_FILE "optimizer.safetensors"
 
@@ -211,7 +211,7 @@ static json_t *encode_state(const struct training_state *state, const struct tra
     encode_fingerprint(tensors, hash);
     return json_pack(
         "{s:i, s:b, s:{s:O, s:s, s:s, s:s}, s:s, s:I, s:I, s:I, s:I, s:b, s:b, s:o, s:o, s:o, s:o, s:o, s:o,"
-        " s:I, s:o, s:o, s:I}",
+        " s:I, s:o, s:o, s:I, s:{s:o, s:I, s:I}}",
         "version", STATE_VERSION, "resumable_only", (int)resumable_only, "run", "spec", identity->spec,
         "model", model, "training_data", training, "validation_data", validation, "tensors", hash, "step",
         (json_int_t)state->step, "epoch", (json_int_t)state->cursor.epoch, "position",
@@ -221,7 +221,10 @@ static json_t *encode_state(const struct training_state *state, const struct tra
         encode_real(state->learning_rate), "grad_norm", encode_real(state->grad_norm), "valid_loss",
         encode_real(state->valid_loss), "valid_accuracy", encode_real(state->valid_accuracy), "best_step",
         (json_int_t)state->best_step, "best_loss", encode_real(state->best_loss), "patience_loss",
-        encode_real(state->patience_loss), "stale_evaluations", (json_int_t)state->stale_evaluations);
+        encode_real(state->patience_loss), "stale_evaluations", (json_int_t)state->stale_evaluations,
+        "loss_scale", "scale", encode_real(state->loss_scale.scale), "good_steps",
+        (json_int_t)state->loss_scale.good_steps, "skipped_steps",
+        (json_int_t)state->loss_scale.skipped_steps);
 }
 
 static int write_state(const char *path, const struct training_state *state,
@@ -333,6 +336,7 @@ int checkpoint_read_state(const char *path, const struct training_identity *iden
     if (code)
         goto done;
     bool valid = true;
+    const json_t *scale = json_object_get(json, "loss_scale");
     struct training_state state = {
         .step = state_integer(json, "step", &valid),
         .cursor = {state_integer(json, "epoch", &valid), state_integer(json, "position", &valid)},
@@ -349,8 +353,11 @@ int checkpoint_read_state(const char *path, const struct training_identity *iden
         .best_loss = state_real(json, "best_loss", &valid),
         .patience_loss = state_real(json, "patience_loss", &valid),
         .stale_evaluations = state_integer(json, "stale_evaluations", &valid),
+        .loss_scale = {state_real(scale, "scale", &valid), state_integer(scale, "good_steps", &valid),
+                       state_integer(scale, "skipped_steps", &valid)},
     };
-    if (!valid || state.step < 0 || state.cursor.epoch < 0 || state.cursor.position < 0) {
+    if (!valid || state.step < 0 || state.cursor.epoch < 0 || state.cursor.position < 0 ||
+        !(state.loss_scale.scale >= 0) || state.loss_scale.skipped_steps > state.step) {
         code = error_set(error, ERROR_CORRUPT, "the state in %s is damaged", path);
         goto done;
     }

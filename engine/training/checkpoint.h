@@ -16,6 +16,7 @@
 #include "base/error.h"
 #include "engine/models/model.h"
 #include "engine/text/dataset.h"
+#include "engine/training/loss_scale.h"
 
 #include <jansson.h>
 #include <stdbool.h>
@@ -35,6 +36,7 @@ struct training_state {
     double best_loss;
     double patience_loss; /* what early stopping wants to see improved */
     int64_t stale_evaluations;
+    struct loss_scale loss_scale;
 };
 
 /* Whose checkpoint it is: resuming under any other is refused. */

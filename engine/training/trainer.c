@@ -217,11 +217,16 @@ static void say_plan(const struct trainer *trainer)
     say(trainer, "info",
         "%" PRId64
         " trainable parameters; plan %.1f MB beyond the model's %.1f MB: parameters %.1f, gradients "
-        "%.1f, optimizer %.1f, activations %.1f, workspace %.1f",
+        "%.1f, optimizer %.1f, converted weights %.1f, activations %.1f, workspace %.1f",
         trainable, 1e-6 * (double)plan->total_bytes, 1e-6 * (double)model_weight_bytes(trainer->model),
         1e-6 * (double)plan->parameter_bytes, 1e-6 * (double)plan->gradient_bytes,
-        1e-6 * (double)plan->optimizer_bytes, 1e-6 * (double)plan->activation_bytes,
-        1e-6 * (double)plan->workspace_bytes);
+        1e-6 * (double)plan->optimizer_bytes, 1e-6 * (double)plan->weight_bytes,
+        1e-6 * (double)plan->activation_bytes, 1e-6 * (double)plan->workspace_bytes);
+    if (plan->recompute)
+        say(trainer, "info",
+            "to fit into memory, activations are computed again in the backward: level %" PRId64
+            " of %" PRId64,
+            plan->recompute, model_recompute_levels(trainer->model));
     say(trainer, "info",
         "%" PRId64 " examples, %" PRId64 " tokens (%" PRId64 " bear loss), %" PRId64
         " validation examples; %" PRId64 " steps of %" PRId32 " x %" PRId32 " rows, at most %" PRId64
@@ -325,6 +330,7 @@ int trainer_open(const struct trainer_options *options, struct trainer **ret_tra
     trainer->callbacks = options->callbacks;
     trainer->state.valid_loss = trainer->state.valid_accuracy = (double)NAN;
     trainer->state.train_loss = trainer->state.train_accuracy = (double)NAN;
+    trainer->state.loss_scale = loss_scale_start(options->spec.precision);
     trainer->base_name = strdup(options->base_name);
     trainer->folder = strdup(options->folder);
     int code = 0;
@@ -552,6 +558,9 @@ static uint64_t dropout_seed(uint64_t seed, int64_t step, int32_t batch)
 static int probe_gradients(const struct trainer *trainer, int64_t step, struct error *error)
 {
     int64_t total_steps = trainer->workload.total_steps;
+    if (trainer->state.loss_scale
+            .skipped_steps) /* the factors move later then: the look is not worth a story */
+        return 0;
     if (step != (total_steps < PROBE_STEP ? total_steps : PROBE_STEP))
         return 0;
     for (int t = 0; t < N_TARGETS; t++) {
@@ -579,15 +588,40 @@ static int probe_gradients(const struct trainer *trainer, int64_t step, struct e
     return 0;
 }
 
+/* What gradients of the step's sum of losses are multiplied by. */
+static float loss_factor(const struct trainer *trainer)
+{
+    return loss_scale_factor(&trainer->state.loss_scale,
+                             trainer->workload.max_tokens * trainer->spec.gradient_accumulation_steps);
+}
+
+/* Leave the parameters as they are, when a smaller scale of the loss may bring finite gradients. */
+static int skip_update(struct trainer *trainer, int64_t step, struct error *error)
+{
+    double scale = trainer->state.loss_scale.scale;
+    int status = 0;
+    if (!loss_scale_skip(&trainer->state.loss_scale))
+        return error_set(error, ERROR_DIVERGED, "the loss or its gradient became NaN or infinite");
+    for (int32_t i = 0; !status && i < trainer->n_slices; i++)
+        status = trainer->ops->zero(trainer->device, trainer->slices[i].grad,
+                                    (size_t)trainer->slices[i].count * sizeof(float));
+    say(trainer, "info",
+        "step %" PRId64 " is skipped: a gradient overflowed with the loss times %.6g, which falls to %.6g",
+        step, scale, trainer->state.loss_scale.scale);
+    return kernel_check(status, "cannot clear the gradients", error);
+}
+
 /* Clip and apply the accumulated gradients. A step without a single target (examples of one token) changes
  * nothing. */
-static int update_parameters(struct trainer *trainer, int64_t step, float learning_rate, int64_t targets,
-                             double *ret_norm, struct error *error)
+static int update_parameters(struct trainer *trainer, int64_t step, float learning_rate,
+                             const struct pass_result *result, double *ret_norm, struct error *error)
 {
     const struct training_spec *spec = &trainer->spec;
-    double sum = 0, n_targets = (double)targets, clip = 1;
+    double sum = 0, n_targets = (double)result->n_targets, clip = 1;
+    double total =
+        n_targets * (double)loss_factor(trainer); /* what the gradients are times those of the mean */
     *ret_norm = 0;
-    if (!targets)
+    if (!result->n_targets)
         return 0;
     int code =
         kernel_check(trainer->ops->grad_norm(
@@ -595,9 +629,11 @@ static int update_parameters(struct trainer *trainer, int64_t step, float learni
                      "cannot compute the gradient norm", error);
     if (code)
         return code;
-    double norm = sqrt(sum) / n_targets;
-    if (!isfinite(norm))
-        return error_set(error, ERROR_DIVERGED, "the gradient became NaN or infinite");
+    double norm = sqrt(sum) / total;
+    if (!isfinite(norm) || !isfinite(result->loss_sum)) {
+        *ret_norm = (double)NAN;
+        return skip_update(trainer, step, error);
+    }
     code = probe_gradients(trainer, step, error);
     if (code)
         return code;
@@ -611,10 +647,11 @@ static int update_parameters(struct trainer *trainer, int64_t step, float learni
         .beta2 = spec->beta2,
         .eps = spec->eps,
         .weight_decay = spec->weight_decay,
-        .step = step,
-        .grad_scale = (float)(clip / n_targets),
+        .step = step - trainer->state.loss_scale.skipped_steps,
+        .grad_scale = (float)(clip / total),
     };
     *ret_norm = norm;
+    loss_scale_keep(&trainer->state.loss_scale);
     return kernel_check(trainer->ops->adamw(trainer->device, &args), "cannot update the parameters", error);
 }
 
@@ -679,15 +716,6 @@ static int conclude_step(struct trainer *trainer, struct error *error)
     return checkpoint_falls_due(trainer) ? write_checkpoint(trainer, error) : 0;
 }
 
-/* The losses of the passes since the last time. */
-static int collect(struct trainer *trainer, struct pass_result *ret_result, struct error *error)
-{
-    int code = pass_collect(trainer->pass, ret_result, error);
-    if (!code && !isfinite(ret_result->loss_sum))
-        code = error_set(error, ERROR_DIVERGED, "the loss is not finite");
-    return code;
-}
-
 static int take_step(struct trainer *trainer, struct error *error)
 {
     struct training_state *state = &trainer->state;
@@ -696,9 +724,9 @@ static int take_step(struct trainer *trainer, struct error *error)
     double norm = 0, started = now_seconds();
     int64_t step = state->step + 1;
     float learning_rate = training_learning_rate(&trainer->spec, step, trainer->workload.total_steps);
-    int code = collect(trainer, &result, error);
+    int code = pass_collect(trainer->pass, &result, error);
     if (!code)
-        code = update_parameters(trainer, step, learning_rate, result.n_targets, &norm, error);
+        code = update_parameters(trainer, step, learning_rate, &result, &norm, error);
     if (code) {
         error_prefix(error, "step %" PRId64 ": ", step);
         return code;
@@ -707,7 +735,7 @@ static int take_step(struct trainer *trainer, struct error *error)
     state->step = step;
     state->cursor = partial->cursor;
     state->trained_tokens += partial->n_tokens;
-    state->train_loss = result.loss_sum / n_targets;
+    state->train_loss = isfinite(result.loss_sum) ? result.loss_sum / n_targets : (double)NAN;
     state->train_accuracy = (double)result.n_correct / n_targets;
     state->learning_rate = (double)learning_rate;
     state->grad_norm = norm;
@@ -732,7 +760,7 @@ static int advance_training(struct trainer *trainer, struct error *error)
         return code;
     const struct pass_options options = {
         .backward = true,
-        .grad_scale = 1,
+        .grad_scale = loss_factor(trainer),
         .dropout_seed = dropout_seed(spec->seed, step, partial->n_batches),
         .yield = trainer->callbacks.yield,
         .yield_arg = trainer->callbacks.arg,
@@ -788,7 +816,9 @@ static int advance_evaluation(struct trainer *trainer, struct error *error)
     code = pass_run(trainer->pass, trainer->batch, &options, error);
     bool more = trainer->evaluation.position;
     if (!code && !more)
-        code = collect(trainer, &result, error);
+        code = pass_collect(trainer->pass, &result, error);
+    if (!code && !more && !isfinite(result.loss_sum))
+        code = error_set(error, ERROR_DIVERGED, "the loss is not finite");
     if (code)
         error_prefix(error, "evaluation after step %" PRId64 ": ", trainer->state.step);
     if (code || more)
@@ -845,6 +875,7 @@ void trainer_status(const struct trainer *trainer, struct trainer_status *ret_st
         .step = trainer->state.step,
         .total_steps = work->total_steps,
         .trained_tokens = trainer->state.trained_tokens,
+        .skipped_steps = trainer->state.loss_scale.skipped_steps,
         .planned_bytes = model_weight_bytes(trainer->model) + work->plan.total_bytes,
         .peak_bytes = trainer->peak_bytes,
         .bytes_per_token = (double)trainer->peak_bytes / (double)work->max_tokens,

@@ -65,7 +65,8 @@ struct training_metrics {
     int64_t step, total_steps;
     int64_t epoch;                     /* 1 for the first */
     double train_loss, train_accuracy; /* means over the step's targets */
-    double learning_rate, grad_norm;
+    double learning_rate;
+    double grad_norm;         /* NaN at a step that was skipped */
     double tokens_per_second; /* smoothed over the last steps; of the time inside training passes */
     int64_t trained_tokens;   /* so far, resumed runs included */
     bool has_valid;
@@ -117,6 +118,7 @@ struct trainer_inspection {
     int64_t examples, tokens, loss_tokens; /* of the training set */
     int64_t validation_examples;
     int64_t total_steps;
+    int64_t skipped_steps; /* of step, those whose gradients overflowed in fp16 */
     int64_t planned_bytes; /* weights included */
 };
 /* Lines of a data file that cannot be used: filled (n_line_errors > 0) when that is why a call failed. */
@@ -149,7 +151,8 @@ void trainer_close(struct trainer *trainer);
 enum { TRAINER_MORE = 1, TRAINER_FINISHED = 2 };
 /* One micro-batch (with the optimizer step, evaluation and checkpoint that fall due after it; evaluation
  * advances one batch at a time, too). TRAINER_FINISHED after the last: then the adapter is in FOLDER/adapter.
- * A NaN loss is ERROR_DIVERGED and names the step; the last good checkpoint stays. */
+ * A NaN loss is ERROR_DIVERGED and names the step; the last good checkpoint stays. In fp16 it only skips the step while
+ * the scale of the loss can fall: the step's data count as seen, the parameters stay as they are, a message says so. */
 int trainer_advance(struct trainer *trainer, struct error *error);
 /* Write a checkpoint of the last completed optimizer step now (pause, shutdown); reported through the
  * callback, unless that step has one already. A step that is half accumulated, and an evaluation that is not
@@ -158,6 +161,7 @@ int trainer_checkpoint(struct trainer *trainer, struct error *error);
 
 struct trainer_status {
     int64_t step, total_steps, trained_tokens;
+    int64_t skipped_steps; /* of step, those whose gradients overflowed in fp16 */
     int64_t planned_bytes; /* weights included */
     int64_t
         peak_bytes; /* the most that the device's memory in use has been since trainer_open, whoever uses it */

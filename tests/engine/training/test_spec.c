@@ -1,5 +1,5 @@
 /* test_spec.c: hyperparameters from JSON, and the schedules against their closed forms. */
-#include "engine/training/trainer.h"
+#include "engine/training/loss_scale.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -187,11 +187,38 @@ static void test_schedules(void **unused)
     }
 }
 
+static void test_loss_scale(void **unused)
+{
+    (void)unused;
+    struct loss_scale none = loss_scale_start(PRECISION_BF16), scale = loss_scale_start(PRECISION_FP16);
+    assert_true(loss_scale_factor(&none, 1000) == 1);
+    loss_scale_keep(&none);
+    assert_false(loss_scale_skip(&none));
+    assert_true(none.scale == 0 && !none.good_steps && !none.skipped_steps);
+    /* Of the mean over the step's tokens, up to a power of two. */
+    assert_true(loss_scale_factor(&scale, 1) == 65536);
+    assert_true(loss_scale_factor(&scale, 1023) == 128);
+    assert_true(loss_scale_factor(&scale, 1024) == 64);
+    for (int i = 0; i < LOSS_SCALE_PATIENCE - 1; i++)
+        loss_scale_keep(&scale);
+    assert_true(scale.scale == 65536);
+    loss_scale_keep(&scale);
+    assert_true(scale.scale == 131072 && scale.good_steps == 0);
+    loss_scale_keep(&scale);
+    assert_true(loss_scale_skip(&scale));
+    assert_true(scale.scale == 65536 && scale.good_steps == 0 && scale.skipped_steps == 1);
+    for (int i = 0; i < 16; i++)
+        assert_true(loss_scale_skip(&scale));
+    assert_true(scale.scale == 1 && scale.skipped_steps == 17);
+    assert_false(loss_scale_skip(&scale)); /* the floor: the run has diverged */
+    assert_int_equal(scale.skipped_steps, 17);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_decode),  cmocka_unit_test(test_nulls),     cmocka_unit_test(test_presets),
-        cmocka_unit_test(test_refused), cmocka_unit_test(test_schedules),
+        cmocka_unit_test(test_refused), cmocka_unit_test(test_schedules), cmocka_unit_test(test_loss_scale),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

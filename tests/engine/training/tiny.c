@@ -149,9 +149,11 @@ void tiny_open(struct tiny *tiny, bool dead)
     write_json(path, byte_tokenizer());
     tokenizer_load(path, &tiny->tokenizer, &error);
     assert_string_equal(error.message, "");
-    assert_int_equal(kernels_cpu()->device_open(0, 1, &tiny->device), 0);
+    const char *cuda = getenv("ADDERD_TEST_CUDA");
+    tiny->ops = cuda && !strcmp(cuda, "1") ? kernels_cuda() : kernels_cpu();
+    assert_int_equal(tiny->ops->device_open(0, 1, &tiny->device), 0);
     snprintf(path, sizeof path, "%s/model", tiny->folder);
-    model_open(path, kernels_cpu(), tiny->device, &tiny->model, &error);
+    model_open(path, tiny->ops, tiny->device, &tiny->model, &error);
     assert_string_equal(error.message, "");
     snprintf(tiny->train, sizeof tiny->train, "%s/train.jsonl", tiny->folder);
     snprintf(tiny->valid, sizeof tiny->valid, "%s/valid.jsonl", tiny->folder);
@@ -164,7 +166,7 @@ void tiny_close(struct tiny *tiny)
 {
     model_close(tiny->model);
     tokenizer_free(tiny->tokenizer);
-    kernels_cpu()->device_close(tiny->device);
+    tiny->ops->device_close(tiny->device);
     assert_int_equal(file_remove_tree(tiny->folder, NULL), 0);
 }
 

@@ -16,11 +16,12 @@ enum { TINY_MAX_STEPS = 256, TINY_MAX_NOTES = 64 };
 struct tiny {
     char folder[256]; /* model/, train.jsonl, valid.jsonl, and what a test makes */
     char train[512], valid[512], job[512];
+    const struct kernel_ops *ops;
     struct kernel_device *device;
     struct model *model;
     struct tokenizer *tokenizer;
 };
-/* dead: every out_proj is zero, so that no gradient reaches what lies before it in its layer. */
+/* On the CPU, or on the first GPU under ADDERD_TEST_CUDA=1. dead: every out_proj is zero, so that no gradient reaches what lies before it in its layer. */
 void tiny_open(struct tiny *tiny, bool dead);
 void tiny_close(struct tiny *tiny);
 /* A file of n examples; `first` varies them. */
