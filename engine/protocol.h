@@ -76,7 +76,7 @@
  *   JOB_METRICS                     NaN and inf travel as null
  *     {"job","attempt","step","total_steps","train_loss","train_accuracy","valid_loss"|null,
  *     "valid_accuracy"|null,"learning_rate","grad_norm","tokens_per_second","trained_tokens","eta_seconds",
- *     "planned_memory_bytes","peak_memory_bytes","bytes_per_token"}
+ *     "skipped_steps","loss_scale"|null,"planned_memory_bytes","peak_memory_bytes","bytes_per_token"}
  *   JOB_CHECKPOINT                  resumable_only: written for a pause or shutdown, not to be listed
  *     {"job","attempt","step","folder","train_loss","train_accuracy","valid_loss"|null,"valid_accuracy"|null,
  *     "best","resumable_only"}

@@ -188,19 +188,21 @@ static void on_metrics(void *arg, const struct training_metrics *metrics)
     struct worker *worker = arg;
     struct trainer_status status;
     trainer_status(worker->job.trainer, &status);
-    send_job(
-        worker, FRAME_JOB_METRICS,
-        json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:I, s:I, s:o}", "step",
-                  (json_int_t)metrics->step, "total_steps", (json_int_t)metrics->total_steps, "train_loss",
-                  frame_number(metrics->train_loss), "train_accuracy", frame_number(metrics->train_accuracy),
-                  "valid_loss", metrics->has_valid ? frame_number(metrics->valid_loss) : json_null(),
-                  "valid_accuracy", metrics->has_valid ? frame_number(metrics->valid_accuracy) : json_null(),
-                  "learning_rate", frame_number(metrics->learning_rate), "grad_norm",
-                  frame_number(metrics->grad_norm), "tokens_per_second",
-                  frame_number(metrics->tokens_per_second), "trained_tokens",
-                  (json_int_t)metrics->trained_tokens, "eta_seconds", frame_number(status.eta_seconds),
-                  "planned_memory_bytes", (json_int_t)status.planned_bytes, "peak_memory_bytes",
-                  (json_int_t)status.peak_bytes, "bytes_per_token", frame_number(status.bytes_per_token)));
+    send_job(worker, FRAME_JOB_METRICS,
+             json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:I, s:o, s:I, s:o, s:I, s:I, s:o}",
+                       "step", (json_int_t)metrics->step, "total_steps", (json_int_t)metrics->total_steps,
+                       "train_loss", frame_number(metrics->train_loss), "train_accuracy",
+                       frame_number(metrics->train_accuracy), "valid_loss",
+                       metrics->has_valid ? frame_number(metrics->valid_loss) : json_null(), "valid_accuracy",
+                       metrics->has_valid ? frame_number(metrics->valid_accuracy) : json_null(),
+                       "learning_rate", frame_number(metrics->learning_rate), "grad_norm",
+                       frame_number(metrics->grad_norm), "tokens_per_second",
+                       frame_number(metrics->tokens_per_second), "trained_tokens",
+                       (json_int_t)metrics->trained_tokens, "eta_seconds", frame_number(status.eta_seconds),
+                       "skipped_steps", (json_int_t)status.skipped_steps, "loss_scale",
+                       frame_number(status.loss_scale), "planned_memory_bytes",
+                       (json_int_t)status.planned_bytes, "peak_memory_bytes", (json_int_t)status.peak_bytes,
+                       "bytes_per_token", frame_number(status.bytes_per_token)));
 }
 
 static void on_checkpoint(void *arg, const struct training_checkpoint *checkpoint)

@@ -876,6 +876,7 @@ void trainer_status(const struct trainer *trainer, struct trainer_status *ret_st
         .total_steps = work->total_steps,
         .trained_tokens = trainer->state.trained_tokens,
         .skipped_steps = trainer->state.loss_scale.skipped_steps,
+        .loss_scale = trainer->state.loss_scale.scale > 0 ? trainer->state.loss_scale.scale : (double)NAN,
         .planned_bytes = model_weight_bytes(trainer->model) + work->plan.total_bytes,
         .peak_bytes = trainer->peak_bytes,
         .bytes_per_token = (double)trainer->peak_bytes / (double)work->max_tokens,

@@ -118,7 +118,6 @@ struct trainer_inspection {
     int64_t examples, tokens, loss_tokens; /* of the training set */
     int64_t validation_examples;
     int64_t total_steps;
-    int64_t skipped_steps; /* of step, those whose gradients overflowed in fp16 */
     int64_t planned_bytes; /* weights included */
 };
 /* Lines of a data file that cannot be used: filled (n_line_errors > 0) when that is why a call failed. */
@@ -162,9 +161,9 @@ int trainer_checkpoint(struct trainer *trainer, struct error *error);
 struct trainer_status {
     int64_t step, total_steps, trained_tokens;
     int64_t skipped_steps; /* of step, those whose gradients overflowed in fp16 */
+    double loss_scale;     /* NaN where the precision needs none */
     int64_t planned_bytes; /* weights included */
-    int64_t
-        peak_bytes; /* the most that the device's memory in use has been since trainer_open, whoever uses it */
+    int64_t peak_bytes; /* the most that the device's ops have held since trainer_open, whoever it was for */
     double bytes_per_token; /* peak / tokens of the largest micro-batch */
     double eta_seconds;
 };
