@@ -18,10 +18,10 @@ PATIENCE = 10 if SANITIZED else 1  # sanitizers make everything slower
 
 
 class Server:
-    def __init__(self, folder, *flags, models_dir=SOURCE / "models", env=None):
+    def __init__(self, folder, *flags, models_dir=SOURCE / "models", device="cpu", env=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.flags, self.models_dir, self.env = flags, models_dir, env or {}
+        self.flags, self.models_dir, self.device, self.env = flags, models_dir, device, env or {}
         self.process = None
 
     def start(self, wait=True):
@@ -30,7 +30,7 @@ class Server:
         self.log = open(self.folder / "adderd.log", "ab")
         self.process = subprocess.Popen(
             [ADDERD, "serve", "--listen", "127.0.0.1:0", "--port-file", str(port_file), "--data-dir", str(self.folder / "data"),
-             "--models-dir", str(self.models_dir), "--device", "cpu", *self.flags],
+             "--models-dir", str(self.models_dir), "--device", self.device, *self.flags],
             stdout=self.log, stderr=self.log, env={**os.environ, **self.env})
         deadline = time.monotonic() + 20 * PATIENCE
         while time.monotonic() < deadline:
