@@ -34,6 +34,7 @@ struct process {
     int64_t exit_status;
     int exit_signal;
     uint64_t started_ms;
+    uint64_t grace_ms;              /* how much longer than usual it may be silent, by its last STATUS */
     uint64_t watched_ms, silent_ms; /* the last look, and for how long nothing had come by then */
     struct buffer in;
     char chunk[65536];
@@ -225,6 +226,8 @@ static int on_frame(struct worker *worker, const struct frame *frame)
     if (!worker->up)
         return ERROR_CORRUPT;
     if (frame->type == FRAME_STATUS) {
+        json_int_t grace_ms = json_integer_value(json_object_get(frame->payload, "grace_ms"));
+        worker->process->grace_ms = grace_ms > 0 ? (uint64_t)grace_ms : 0;
         read_memory(worker, frame->payload);
         worker->info.resident_bytes = json_integer_value(json_object_get(frame->payload, "resident_bytes"));
         worker->info.allocated_bytes = json_integer_value(json_object_get(frame->payload, "allocated_bytes"));
@@ -380,9 +383,10 @@ static void on_watch(uv_timer_t *timer)
     uint64_t now_ms = uv_now(timer->loop), elapsed_ms = now_ms - process->watched_ms;
     process->watched_ms = now_ms;
     process->silent_ms += elapsed_ms < 2 * period_ms ? elapsed_ms : period_ms;
-    if (process->silent_ms > timeout_ms) {
+    if (process->silent_ms > timeout_ms + process->grace_ms) {
         char reason[80];
-        snprintf(reason, sizeof reason, "no heartbeat for %.1f s", (double)timeout_ms / 1e3);
+        snprintf(reason, sizeof reason, "no heartbeat for %.1f s",
+                 (double)(timeout_ms + process->grace_ms) / 1e3);
         process_kill(process, reason);
     }
 }

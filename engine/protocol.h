@@ -50,8 +50,9 @@
  *
  *   HELLO                           first frame
  *     {"version","device","device_name","pid","threads","total_bytes","free_bytes"}
- *   STATUS                          every heartbeat_ms at most; the heartbeat. allocated_bytes: by this process's ops
- *     {"total_bytes","free_bytes","resident_bytes","allocated_bytes","running","waiting","models": [id...]}
+ *   STATUS                          every heartbeat_ms at most; the heartbeat. allocated_bytes: by this process's ops;
+ *                                   grace_ms: how much longer than usual the next one may take (a model is loaded)
+ *     {"total_bytes","free_bytes","resident_bytes","allocated_bytes","grace_ms","running","waiting","models": [id...]}
  *   LOADED
  *     {"model": id,"family","vocab_size","parameters","weight_bytes","state_bytes","seconds"}
  *   CHUNK                           "tokens" only when logprobs were asked for; -inf is sent as -9999

@@ -31,6 +31,7 @@ enum {
     MAX_CREDIT_US = 50000, /* generation takes no longer turns than this, whatever training took */
     DRAIN_MS = 5000,       /* for the last frames */
     CPU_NICENESS = 5,      /* the daemon answers first */
+    SLOW_DISK_BYTES_PER_MS = 20000,
 };
 
 int64_t worker_now_us(void)
@@ -295,7 +296,7 @@ static int64_t resident_bytes(const struct worker *worker)
     return (int64_t)pages * sysconf(_SC_PAGESIZE);
 }
 
-static void send_status(struct worker *worker)
+static void send_status(struct worker *worker, int64_t grace_ms)
 {
     worker->ops->device_query(worker->device, &worker->device_info);
     int running = 0, waiting = 0;
@@ -308,12 +309,21 @@ static void send_status(struct worker *worker)
         json_array_append_new(models, frame_text(model->id, strlen(model->id)));
     }
     worker_stream_send(&worker->stream, FRAME_STATUS, 0,
-                       json_pack("{s:I, s:I, s:I, s:I, s:i, s:i, s:o}", "total_bytes",
+                       json_pack("{s:I, s:I, s:I, s:I, s:I, s:i, s:i, s:o}", "total_bytes",
                                  (json_int_t)worker->device_info.total_bytes, "free_bytes",
                                  (json_int_t)worker->device_info.free_bytes, "resident_bytes",
                                  (json_int_t)resident_bytes(worker), "allocated_bytes",
-                                 (json_int_t)worker->device_info.allocated_bytes, "running", running,
-                                 "waiting", waiting, "models", models));
+                                 (json_int_t)worker->device_info.allocated_bytes, "grace_ms",
+                                 (json_int_t)grace_ms, "running", running, "waiting", waiting, "models",
+                                 models));
+}
+
+/* A model is about to be loaded: from a disk that is slow the daemon waits for the next heartbeat accordingly. */
+static void on_loading(void *arg, int64_t bytes)
+{
+    struct worker *worker = arg;
+    send_status(worker, bytes / SLOW_DISK_BYTES_PER_MS);
+    worker_stream_flush(&worker->stream);
 }
 
 /* Take in and give out frames, and the heartbeat when it is due. Returns 0 or why the process must end. */
@@ -322,7 +332,7 @@ static int pump(struct worker *worker)
     int64_t now_ms = worker_now_us() / 1000;
     if (now_ms >= worker->next_heartbeat_ms) {
         worker->next_heartbeat_ms = now_ms + worker->heartbeat_ms;
-        send_status(worker);
+        send_status(worker, 0);
     }
     worker_stream_pump(&worker->stream);
     struct frame frame;
@@ -457,6 +467,8 @@ static int open_device(struct worker *worker, struct error *error)
     worker->idle_bytes = worker->device_info.allocated_bytes;
     worker->models.ops = worker->ops;
     worker->models.device = worker->device;
+    worker->models.loading = on_loading;
+    worker->models.loading_arg = worker;
     return 0;
 }
 

@@ -130,10 +130,10 @@ static int64_t stored_bytes(const char *folder)
 
 /* A host gives out more memory than it has, and then kills; so weights are held against what is free before they are
  * loaded. */
-static int check_room(struct loaded_models *models, const struct named_folder *name, struct error *error)
+static int check_room(struct loaded_models *models, const struct named_folder *name, int64_t needed,
+                      struct error *error)
 {
     struct kernel_device_info info;
-    int64_t needed = stored_bytes(name->path);
     int status = query(models, &info, error);
     if (!status && needed > info.free_bytes && loaded_models_make_room(models))
         status = query(models, &info, error);
@@ -156,9 +156,12 @@ int loaded_models_get(struct loaded_models *models, const struct named_folder *n
     }
     struct kernel_device_info before, after;
     struct loaded_model *model;
-    int status = check_room(models, name, error);
+    int64_t bytes = stored_bytes(name->path);
+    int status = check_room(models, name, bytes, error);
     if (!status)
         status = query(models, &before, error);
+    if (!status && models->loading)
+        models->loading(models->loading_arg, bytes);
     if (!status)
         status = load_model(models, name, &model, error);
     if (status == ERROR_NO_MEMORY && loaded_models_make_room(models) &&

@@ -40,6 +40,9 @@ struct loaded_models {
     int64_t prefill_tokens;
     struct loaded_model *first;
     uint64_t clock;
+    /* Called before so many bytes are read from disk and nothing else is done meanwhile. */
+    void (*loading)(void *arg, int64_t bytes);
+    void *loading_arg;
 };
 
 /* The model of that id and folder, loaded now if it was not. It stays until the next sweep after its

@@ -68,6 +68,10 @@ static int worker_main(const char *device)
             buffer_free(&in);
             return 0;
         }
+        if (frame.type == FRAME_COMPLETE && !strcmp(device, "loads")) {
+            say(FRAME_STATUS, 0, json_pack("{s:i,s:i}", "grace_ms", 1500, "running", 0));
+            usleep(1000000); /* the pool's patience is 400 ms */
+        }
         if (frame.type == FRAME_COMPLETE && !strcmp(device, "crashes"))
             abort();
         if (frame.type == FRAME_COMPLETE && !strcmp(device, "faulty")) {
@@ -271,6 +275,16 @@ static void test_silent_worker_is_killed(void **state)
     assert_non_null(strstr(scene.reason, "no heartbeat"));
 }
 
+static void test_a_worker_that_loads_is_waited_for(void **state)
+{
+    (void)state;
+    struct scene scene;
+    play(&scene, "loads", THEN_REQUEST, 0);
+    assert_int_equal(scene.downs, 1);
+    assert_int_equal(scene.last, FRAME_DONE);
+    assert_string_equal(scene.reason, "exited with status 0");
+}
+
 static void test_broken_protocol_is_named(void **state)
 {
     (void)state;
@@ -294,6 +308,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_last_words_are_the_reason),
         cmocka_unit_test(test_backoff_grows),
         cmocka_unit_test(test_silent_worker_is_killed),
+        cmocka_unit_test(test_a_worker_that_loads_is_waited_for),
         cmocka_unit_test(test_broken_protocol_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
