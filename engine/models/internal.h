@@ -106,7 +106,8 @@ void linear_bind(struct linear *linear, const struct model *model, const struct 
 
 /* ---- pass.c ---- */
 
-/* Buffers that every family's pass has, of the pass's type where no other is named. [T,d] ones are free for the family between the steps named here. */
+/* Buffers that every family's pass has, of the pass's type where no other is named. [T,d] ones are free for the
+ * family between the steps named here. */
 enum pass_buffer {
     PASS_IDS,      /* [T] i32 */
     PASS_TARGETS,  /* [T] i32: of the rows that the head sees, back to back */
@@ -114,8 +115,10 @@ enum pass_buffer {
     PASS_RESIDUAL, /* [T,d] fp32: the embeddings when the family's forward begins */
     PASS_NORMED,   /* [T,d]: the latest norm's output; the hidden states after the family's forward */
     PASS_ROWS, /* [T,d]: free in the family's forward; d(hidden) when its backward begins, free after that */
-    PASS_DRESIDUAL, /* [T,d] fp32: zero when the family's backward begins, d(embeddings) when it ends */
-    PASS_SCRATCH,   /* the largest workspace of any op */
+    PASS_DRESIDUAL, /* [T,d] fp32: zero when the family's backward begins, d(embeddings) when it ends;
+                       in 16 bits the same buffer as PASS_RESIDUAL */
+    PASS_SCRATCH,   /* the largest workspace of the layers' ops */
+    PASS_HEAD,      /* the head's workspace, over that of the layers */
     PASS_WEIGHTS,   /* weights in the type of the products */
     PASS_FAMILY,    /* the family's own from here on */
 };
@@ -126,7 +129,7 @@ struct pass {
     struct plan_request request; /* resolved: recompute is the level */
     void *arena;
     void *buffers[PLAN_MAX];
-    int64_t scratch_bytes;
+    int64_t head_bytes; /* of PASS_HEAD */
     struct weight_copies copies;
     int32_t *host_targets; /* [T] staging */
     int64_t n_targets;     /* since the last pass_collect() */

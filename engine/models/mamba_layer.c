@@ -99,12 +99,10 @@ int layer_norm(const struct layer_flow *flow, const float *weight)
     return flow->model->ops->rmsnorm_forward(flow->model->device, &args);
 }
 
-int layer_enter(const struct layer_flow *flow)
+int layer_project_in(const struct layer_flow *flow)
 {
     const struct model_config *c = &flow->model->config;
-    int status = layer_norm(flow, layer_weight(flow, NORM));
-    return status ? status
-                  : project(flow, TARGET_IN_PROJ, flow->normed, c->d_model, flow->xz, 2 * c->d_inner);
+    return project(flow, TARGET_IN_PROJ, flow->normed, c->d_model, flow->xz, 2 * c->d_inner);
 }
 
 int layer_convolve(const struct layer_flow *flow)
@@ -174,7 +172,9 @@ int layer_scan(const struct layer_flow *flow)
 int layer_forward(const struct layer_flow *flow)
 {
     const struct model_config *c = &flow->model->config;
-    int status = layer_enter(flow);
+    int status = layer_norm(flow, layer_weight(flow, NORM));
+    if (!status)
+        status = layer_project_in(flow);
     if (!status)
         status = layer_convolve(flow);
     if (!status)

@@ -34,8 +34,8 @@ int layer_forward(const struct layer_flow *flow);
 
 /* Its parts, which the backward runs again. */
 int layer_norm(const struct layer_flow *flow, const float *weight);
-/* xz from the residual stream. */
-int layer_enter(const struct layer_flow *flow);
+/* xz from the norm's output. */
+int layer_project_in(const struct layer_flow *flow);
 /* xc from xz. */
 int layer_convolve(const struct layer_flow *flow);
 /* x_dbl from xc. */

@@ -1,15 +1,15 @@
-/* mamba_train.c: Mamba-1 layers forward and backward in a training pass, for pass.c.
+/* mamba_train.c: Mamba-1 layers forward and backward in a training pass, for pass.c. Letters as in mamba_layer.c.
  *
- * Kept of each layer: r, 1/rms, xz, x_dbl and a scan state every SCAN_CHUNK tokens, and what LoRA keeps. rmsnorm(r),
- * xc and dt cost little beside the products and are computed again in the backward; y comes out of the scan's backward
- * once more. Letters as in mamba_layer.c. Under F32 each r stays where its sum was made and the stream moves on from
- * buffer to buffer; in 16 bits the stream is one fp32 buffer, and what is kept is r rounded, as the norm took it.
+ * Of each layer the backward needs r and 1/rms, rmsnorm(r), xz, xc, x_dbl, dt, a scan state every SCAN_CHUNK tokens,
+ * and what LoRA keeps. y comes out of the scan's backward once more. Under F32 each r stays where its sum was made and
+ * the stream moves on from buffer to buffer; in 16 bits the stream is one fp32 buffer, and what is kept is r rounded,
+ * as the norm took it.
  *
- * Recomputation. Level k <= n_layers-1: k layers do without an xz of their own (one more product in the backward for
- * 2c elements a token). Beyond: k - (n_layers-1) of them do without x_dbl and chunk states, too (a whole layer but
- * out_proj again). The layers at the end share one slot, and what the last one wrote is still there when the backward
- * begins with it, so one shared slot saves a level for nothing. The ops run again on the same values in the same
- * order: the same bits. */
+ * Recomputation. What enum kept_kind names can be had again, the earlier kinds for less time a byte than the later
+ * ones. A level up, and one layer more does without one of them: first all layers without dt, then without xc, and so
+ * on. The layers without share one slot with the last layer, whose content is still there when the backward begins with
+ * it, so that the first level of each kind saves memory and costs nothing. The ops run again on the same values in the
+ * same order: the same bits. */
 #include "engine/models/mamba_layer.h"
 
 #include <inttypes.h>
@@ -17,17 +17,17 @@
 enum {
     PASS_R = PASS_FAMILY, /* [n_layers+1,T,d]; under F32 without layer 0's, which is PASS_RESIDUAL */
     PASS_RSTD,            /* [n_layers+1,T] fp32 */
+    PASS_NORMS,           /* [slots,T,d]; the last slot is PASS_NORMED */
     PASS_XZ,              /* [slots,T,2c] */
+    PASS_XC,              /* [slots,T,c] */
     PASS_X_DBL,           /* [slots,T,R+2n] */
+    PASS_DT,              /* [slots,T,c] */
     PASS_CHUNKS,          /* [slots,chunks,n,c] fp32 */
     PASS_U,               /* [n_layers,projections,T,rank] */
     PASS_Y,               /* [T,c] */
     PASS_DY,              /* [T,c] */
-    PASS_XC,              /* [T,c] */
-    PASS_DT,              /* [T,c] */
     PASS_DXC,             /* [T,c] */
-    PASS_DDT,             /* [T,c] */
-    PASS_DXZ,             /* [T,2c] */
+    PASS_DXZ,             /* [T,2c]; x's half holds the gradient of dt until that of x takes its place */
     PASS_DX_DBL,          /* [T,R+2n] */
 };
 
@@ -44,31 +44,48 @@ static int projections(int targets)
 
 /* ---- recomputation ---- */
 
+enum kept_kind {
+    KEPT_DT,
+    KEPT_XC,
+    KEPT_NORM, /* of n_layers+1: the last is norm_f's */
+    KEPT_XZ,
+    KEPT_SCAN, /* x_dbl and the chunk states */
+    KEPT_KINDS,
+};
+
+static int64_t kept_count(const struct model_config *c, enum kept_kind kind)
+{
+    return c->n_layers + (kind == KEPT_NORM);
+}
+
 int64_t mamba_recompute_levels(const struct model_config *c)
 {
-    return 2 * (c->n_layers - 1);
+    int64_t levels = 0;
+    for (int kind = 0; kind < KEPT_KINDS; kind++)
+        levels += kept_count(c, (enum kept_kind)kind) - 1;
+    return levels;
 }
 
-/* How many layers' xz are kept at a level, and how many layers' x_dbl and chunk states; the last slot is shared. */
-static int64_t xz_slots(const struct model_config *c, int64_t level)
+/* How many slots there are of a kind at a level; the last one is shared. */
+static int64_t kept_slots(const struct model_config *c, int64_t level, enum kept_kind kind)
 {
-    return level < c->n_layers ? c->n_layers - level : 1;
+    for (int k = 0; k < (int)kind; k++)
+        level -= kept_count(c, (enum kept_kind)k) - 1;
+    int64_t count = kept_count(c, kind);
+    return level <= 0 ? count : level < count ? count - level : 1;
 }
 
-static int64_t scan_slots(const struct model_config *c, int64_t level)
+static int64_t kept_slot(const struct pass *pass, int64_t layer, enum kept_kind kind)
 {
-    return level < c->n_layers ? c->n_layers : 2 * c->n_layers - 1 - level;
-}
-
-static int64_t slot_of(int64_t layer, int64_t slots)
-{
-    return layer < slots ? layer : slots - 1;
+    int64_t last = kept_slots(&pass->model->config, pass->request.recompute, kind) - 1;
+    return layer < last ? layer : last;
 }
 
 /* Has a later layer written to the slot since this one's forward? */
-static bool is_lost(const struct model_config *c, int64_t layer, int64_t slots)
+static bool is_lost(const struct pass *pass, int64_t layer, enum kept_kind kind)
 {
-    return layer >= slots - 1 && layer < c->n_layers - 1;
+    const struct model_config *c = &pass->model->config;
+    return layer >= kept_slots(c, pass->request.recompute, kind) - 1 && layer < kept_count(c, kind) - 1;
 }
 
 /* ---- the plan ---- */
@@ -83,18 +100,20 @@ void mamba_pass_plan(const struct model_config *c, const struct plan_request *re
     plan_add(plan, PASS_R, PLAN_ACTIVATION, (layers + (request->act != TYPE_F32)) * tokens * c->d_model,
              size);
     plan_add(plan, PASS_RSTD, PLAN_ACTIVATION, (layers + 1) * tokens, f);
-    plan_add(plan, PASS_XZ, PLAN_ACTIVATION, xz_slots(c, level) * 2 * inner, size);
-    plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, scan_slots(c, level) * width, size);
-    plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION, scan_slots(c, level) * max_chunks(tokens, request->max_seqs),
+    plan_add(plan, PASS_NORMS, PLAN_ACTIVATION, (kept_slots(c, level, KEPT_NORM) - 1) * tokens * c->d_model,
+             size);
+    plan_add(plan, PASS_XZ, PLAN_ACTIVATION, kept_slots(c, level, KEPT_XZ) * 2 * inner, size);
+    plan_add(plan, PASS_XC, PLAN_ACTIVATION, kept_slots(c, level, KEPT_XC) * inner, size);
+    plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, kept_slots(c, level, KEPT_SCAN) * width, size);
+    plan_add(plan, PASS_DT, PLAN_ACTIVATION, kept_slots(c, level, KEPT_DT) * inner, size);
+    plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION,
+             kept_slots(c, level, KEPT_SCAN) * max_chunks(tokens, request->max_seqs),
              c->d_state * c->d_inner * f);
     plan_add(plan, PASS_U, PLAN_ACTIVATION, layers * projections(request->lora.targets) * tokens * rank,
              size);
     plan_add(plan, PASS_Y, PLAN_WORKSPACE, inner, size);
     plan_add(plan, PASS_DY, PLAN_WORKSPACE, inner, size);
-    plan_add(plan, PASS_XC, PLAN_WORKSPACE, inner, size);
-    plan_add(plan, PASS_DT, PLAN_WORKSPACE, inner, size);
     plan_add(plan, PASS_DXC, PLAN_WORKSPACE, inner, size);
-    plan_add(plan, PASS_DDT, PLAN_WORKSPACE, inner, size);
     plan_add(plan, PASS_DXZ, PLAN_WORKSPACE, 2 * inner, size);
     plan_add(plan, PASS_DX_DBL, PLAN_WORKSPACE, width, size);
     plan_at_least(plan, PASS_SCRATCH,
@@ -103,7 +122,7 @@ void mamba_pass_plan(const struct model_config *c, const struct plan_request *re
     plan_at_least(plan, PASS_SCRATCH, layer_linear_workspace(c, ops, tokens, rank));
 }
 
-/* The flow of one layer: `layer` may be n_layers, whose norm is norm_f and which has no other buffers of its own. */
+/* The flow of one layer: `layer` may be n_layers, whose norm is norm_f and which has nothing else. */
 static struct layer_flow pass_flow(const struct pass *pass, const struct batch *batch,
                                    const struct pass_options *options, int64_t layer)
 {
@@ -114,9 +133,7 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
     void *const *at = pass->buffers;
     const struct adapter *adapter = pass->adapter;
     const int64_t tokens = request->max_tokens, d = c->d_model, inner = c->d_inner;
-    const int64_t stored = layer < c->n_layers ? layer : 0;
-    const int64_t xz_slot = slot_of(stored, xz_slots(c, request->recompute));
-    const int64_t scan_slot = slot_of(stored, scan_slots(c, request->recompute));
+    const int64_t scan_slot = kept_slot(pass, layer, KEPT_SCAN);
     struct layer_flow flow = {
         .model = model,
         .adapter = adapter,
@@ -135,24 +152,26 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
         .residual_out = at[PASS_RESIDUAL],
         .rstd = (float *)at[PASS_RSTD] + layer * tokens,
         .normed = at[PASS_NORMED],
-        .xz = element_at(at[PASS_XZ], xz_slot * tokens * 2 * inner, act),
-        .xc = at[PASS_XC],
+        .xz = element_at(at[PASS_XZ], kept_slot(pass, layer, KEPT_XZ) * tokens * 2 * inner, act),
+        .xc = element_at(at[PASS_XC], kept_slot(pass, layer, KEPT_XC) * tokens * inner, act),
         .x_dbl = element_at(at[PASS_X_DBL], scan_slot * tokens * (c->dt_rank + 2 * c->d_state), act),
-        .dt = at[PASS_DT],
+        .dt = element_at(at[PASS_DT], kept_slot(pass, layer, KEPT_DT) * tokens * inner, act),
         .chunk_states =
             (float *)at[PASS_CHUNKS] + scan_slot * max_chunks(tokens, request->max_seqs) * c->d_state * inner,
         .y = at[PASS_Y],
         .output = at[PASS_ROWS],
     };
+    if (layer < kept_slots(c, request->recompute, KEPT_NORM) - 1)
+        flow.normed = element_at(at[PASS_NORMS], layer * tokens * d, act);
     if (act != TYPE_F32) {
         flow.kept = element_at(at[PASS_R], layer * tokens * d, act);
     } else if (layer) {
         flow.residual_out = (float *)at[PASS_R] + (layer - 1) * tokens * d;
         flow.residual = layer > 1 ? flow.residual_out - tokens * d : at[PASS_RESIDUAL];
     }
-    if (at[PASS_U]) {
+    if (at[PASS_U] && layer < c->n_layers) {
         flow.u_stride = tokens * adapter->lora.rank;
-        flow.u = element_at(at[PASS_U], stored * projections(adapter->lora.targets) * flow.u_stride, act);
+        flow.u = element_at(at[PASS_U], layer * projections(adapter->lora.targets) * flow.u_stride, act);
     }
     return flow;
 }
@@ -185,15 +204,14 @@ static const void *kept_r(const struct layer_flow *flow)
     return flow->act == TYPE_F32 ? (const void *)flow->residual_out : flow->kept;
 }
 
-/* The layer's norm once more, for whoever runs again what follows it. */
-static struct layer_flow repeated(const struct layer_flow *flow)
+static int norm_again(const struct layer_flow *flow)
 {
     struct layer_flow again = *flow;
     again.x = kept_r(flow);
     again.residual = NULL;
     again.residual_out = NULL;
     again.kept = NULL;
-    return again;
+    return layer_norm(&again, layer_weight(flow, NORM));
 }
 
 static int norm_backward(const struct pass *pass, const struct layer_flow *flow, struct weight_view weight)
@@ -247,10 +265,10 @@ static int scan_backward(const struct pass *pass, const struct layer_flow *flow,
                                       .dy = at[PASS_DY],
                                       .dy_stride = c->d_inner,
                                       .dx = at[PASS_DXC],
-                                      .ddt = at[PASS_DDT],
+                                      .ddt = at[PASS_DXZ],
                                       .dz = element_at(at[PASS_DXZ], c->d_inner, act),
                                       .dx_stride = c->d_inner,
-                                      .ddt_stride = c->d_inner,
+                                      .ddt_stride = 2 * c->d_inner,
                                       .dz_stride = 2 * c->d_inner,
                                       .db = element_at(at[PASS_DX_DBL], c->dt_rank, act),
                                       .dc = element_at(at[PASS_DX_DBL], c->dt_rank + c->d_state, act),
@@ -328,23 +346,24 @@ static int project_backward(const struct layer_flow *flow, const struct projecte
     return flow->model->ops->linear_backward(flow->model->device, &args);
 }
 
-/* Bring back what the layer's forward left and later layers have overwritten: xz, x_dbl and chunk states, then xc and
- * dt, which nothing keeps. *ret_normed: rmsnorm(r) is there as well. */
-static int restore(const struct pass *pass, const struct layer_flow *flow, bool *ret_normed)
+/* Bring back what the layer's forward left and later layers have overwritten: all but rmsnorm(r), unless that is
+ * needed here. */
+static int restore(const struct pass *pass, const struct layer_flow *flow)
 {
-    const struct model_config *c = &pass->model->config;
-    const int64_t level = pass->request.recompute;
-    const struct layer_flow again = repeated(flow);
-    bool scan_lost = is_lost(c, flow->layer, scan_slots(c, level));
+    const int64_t layer = flow->layer;
+    const bool scan_lost = is_lost(pass, layer, KEPT_SCAN);
     int status = 0;
-    *ret_normed = is_lost(c, flow->layer, xz_slots(c, level));
-    if (*ret_normed)
-        status = layer_enter(&again);
-    if (!status)
+    if (is_lost(pass, layer, KEPT_XZ)) {
+        if (is_lost(pass, layer, KEPT_NORM))
+            status = norm_again(flow);
+        if (!status)
+            status = layer_project_in(flow);
+    }
+    if (!status && is_lost(pass, layer, KEPT_XC))
         status = layer_convolve(flow);
     if (!status && scan_lost)
         status = layer_project_x(flow);
-    if (!status)
+    if (!status && is_lost(pass, layer, KEPT_DT))
         status = layer_project_dt(flow);
     if (!status && scan_lost)
         status = layer_scan(flow);
@@ -384,9 +403,8 @@ static int layer_backward(const struct pass *pass, const struct layer_flow *flow
     const bool want_out = adapter_trains(adapter, TARGET_OUT_PROJ);
     const bool want_scan =
         want_in || adapter_trains(adapter, TARGET_X_PROJ) || adapter_trains(adapter, TARGET_DT_PROJ);
-    bool has_normed;
 
-    int status = restore(pass, flow, &has_normed);
+    int status = restore(pass, flow);
     if (!status && !want_scan) {
         status = layer_scan(flow);
         return status ? status : out_backward(pass, flow, flow->y, NULL);
@@ -400,8 +418,8 @@ static int layer_backward(const struct pass *pass, const struct layer_flow *flow
     const struct projected dt = {.which = TARGET_DT_PROJ,
                                  .x = flow->x_dbl,
                                  .x_stride = width,
-                                 .dy = at[PASS_DDT],
-                                 .dy_stride = inner,
+                                 .dy = at[PASS_DXZ],
+                                 .dy_stride = 2 * inner,
                                  .dx = at[PASS_DX_DBL],
                                  .dx_stride = width};
     if (!status)
@@ -419,10 +437,9 @@ static int layer_backward(const struct pass *pass, const struct layer_flow *flow
     if (status || !want_in)
         return status;
     status = conv_backward(pass, flow);
-    if (!status && !has_normed && adapter_trains(adapter, TARGET_IN_PROJ)) {
-        const struct layer_flow again = repeated(flow);
-        status = layer_norm(&again, layer_weight(flow, NORM));
-    }
+    if (!status && adapter_trains(adapter, TARGET_IN_PROJ) && is_lost(pass, flow->layer, KEPT_NORM) &&
+        !is_lost(pass, flow->layer, KEPT_XZ))
+        status = norm_again(flow);
     const struct projected in = {.which = TARGET_IN_PROJ,
                                  .x = flow->normed,
                                  .x_stride = c->d_model,

@@ -136,8 +136,8 @@ struct parameter *adapter_find(struct adapter *adapter, const char *name);
  * gradients and all sums are fp32 always.
  *
  * Recomputation: a family can do without some of what it keeps from the forward for the backward, in
- * model_recompute_levels() steps, the cheapest first (Mamba: one layer after another forgets xz, then one after
- * another all but the residual stream). The results are the same bits at every level. */
+ * model_recompute_levels() steps, the cheapest first (Mamba: all layers one after another without the steps' sizes dt, then
+ * without the convolution's output, and so on down to the residual stream). The results are the same bits at every level. */
 struct plan_request {
     enum adaptation adaptation;
     struct lora_config lora;

@@ -45,10 +45,11 @@ void pass_plan(const struct model *model, const struct plan_request *request, st
     plan_add(&plan, PASS_TARGETS, PLAN_ACTIVATION, tokens, sizeof(int32_t));
     plan_add(&plan, PASS_SUMS, PLAN_ACTIVATION, 1, sizeof(struct pass_sums));
     plan_add(&plan, PASS_RESIDUAL, PLAN_ACTIVATION, stream, sizeof(float));
-    plan_add(&plan, PASS_NORMED, PLAN_WORKSPACE, stream, size);
-    plan_add(&plan, PASS_ROWS, PLAN_WORKSPACE, stream, size);
-    plan_add(&plan, PASS_DRESIDUAL, PLAN_WORKSPACE, stream, sizeof(float));
-    plan_add(&plan, PASS_SCRATCH, PLAN_WORKSPACE,
+    plan_add(&plan, PASS_NORMED, PLAN_ACTIVATION, stream, size);
+    plan_add(&plan, PASS_ROWS, PLAN_ACTIVATION, stream, size);
+    if (request->act == TYPE_F32) /* otherwise nothing reads the stream any more when its gradient begins */
+        plan_add(&plan, PASS_DRESIDUAL, PLAN_ACTIVATION, stream, sizeof(float));
+    plan_add(&plan, PASS_HEAD, PLAN_OVERLAY,
              model->ops->head_workspace(tokens, config->d_model, config->vocab_size, true), 1);
     plan_add(&plan, PASS_WEIGHTS, PLAN_WEIGHTS, weight_bytes, 1);
     model->family->pass_plan(config, request, model->ops, &plan);
@@ -103,12 +104,14 @@ int pass_create(struct model *model, struct adapter *adapter, const struct plan_
     int code = plan_resolve(model, &pass->request, &pass->request, &plan, error);
     if (code)
         goto done;
-    pass->scratch_bytes = plan.buffers[PASS_SCRATCH].bytes;
+    pass->head_bytes = plan.buffers[PASS_HEAD].bytes;
     pass->host_targets = malloc((size_t)request->max_tokens * sizeof *pass->host_targets);
     if (!pass->host_targets)
         code = error_set(error, ERROR_NO_MEMORY, "no memory for a training pass");
     if (!code)
         code = plan_carve(&plan, model->ops, model->device, &pass->arena, pass->buffers, error);
+    if (!pass->buffers[PASS_DRESIDUAL])
+        pass->buffers[PASS_DRESIDUAL] = pass->buffers[PASS_RESIDUAL];
     if (!code)
         code = copy_weights(pass, error);
     if (!code)
@@ -264,8 +267,8 @@ static int head(const struct pass *pass, const struct batch *batch, const struct
                              .n_correct = &((struct pass_sums *)at[PASS_SUMS])->n_correct,
                              .d_weight = options->backward ? weight.grad : NULL,
                              .grad_scale = options->grad_scale,
-                             .workspace = at[PASS_SCRATCH],
-                             .workspace_bytes = pass->scratch_bytes};
+                             .workspace = at[PASS_HEAD],
+                             .workspace_bytes = pass->head_bytes};
     if (options->backward)
         args.d_hidden = gather ? at[PASS_DRESIDUAL] : at[PASS_ROWS];
     int64_t n = 0;

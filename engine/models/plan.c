@@ -41,11 +41,28 @@ int64_t plan_bytes_of(const struct plan *plan, enum plan_use use)
     return bytes;
 }
 
+int64_t plan_shared_bytes(const struct plan *plan)
+{
+    int64_t workspace = plan_bytes_of(plan, PLAN_WORKSPACE), overlay = plan_bytes_of(plan, PLAN_OVERLAY);
+    return workspace > overlay ? workspace : overlay;
+}
+
 int64_t plan_bytes(const struct plan *plan)
 {
-    return add_saturating(
-        plan_bytes_of(plan, PLAN_WEIGHTS),
-        add_saturating(plan_bytes_of(plan, PLAN_ACTIVATION), plan_bytes_of(plan, PLAN_WORKSPACE)));
+    return add_saturating(plan_bytes_of(plan, PLAN_WEIGHTS),
+                          add_saturating(plan_bytes_of(plan, PLAN_ACTIVATION), plan_shared_bytes(plan)));
+}
+
+/* Point the buffers of one use one behind another; returns the byte after the last. */
+static char *carve(const struct plan *plan, enum plan_use use, char *next, void *buffers[PLAN_MAX])
+{
+    for (int i = 0; i < PLAN_MAX; i++) {
+        if (plan->buffers[i].use != use || !plan->buffers[i].bytes)
+            continue;
+        buffers[i] = next;
+        next += plan->buffers[i].bytes;
+    }
+    return next;
 }
 
 int plan_carve(const struct plan *plan, const struct kernel_ops *ops, struct kernel_device *device,
@@ -56,11 +73,11 @@ int plan_carve(const struct plan *plan, const struct kernel_ops *ops, struct ker
     int status = bytes == INT64_MAX ? KERNEL_NO_MEMORY : ops->memory_alloc(device, (size_t)bytes, &arena);
     if (status)
         return model_status(status, error, "an arena of %" PRId64 " bytes", bytes);
-    char *next = arena;
-    for (int i = 0; i < PLAN_MAX; i++) {
-        ret_buffers[i] = plan->buffers[i].bytes ? next : NULL;
-        next += plan->buffers[i].bytes;
-    }
+    for (int i = 0; i < PLAN_MAX; i++)
+        ret_buffers[i] = NULL;
+    char *shared = carve(plan, PLAN_ACTIVATION, carve(plan, PLAN_WEIGHTS, arena, ret_buffers), ret_buffers);
+    carve(plan, PLAN_WORKSPACE, shared, ret_buffers);
+    carve(plan, PLAN_OVERLAY, shared, ret_buffers);
     *ret_arena = arena;
     return 0;
 }
@@ -124,7 +141,7 @@ int model_plan(const struct model *model, const struct plan_request *request, st
         return code;
     result.weight_bytes = plan_bytes_of(&plan, PLAN_WEIGHTS);
     result.activation_bytes = plan_bytes_of(&plan, PLAN_ACTIVATION);
-    result.workspace_bytes = plan_bytes_of(&plan, PLAN_WORKSPACE);
+    result.workspace_bytes = plan_shared_bytes(&plan);
     result.total_bytes = total_bytes(&result, &plan);
     result.recompute = resolved.recompute;
     *ret_plan = result;

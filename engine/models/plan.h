@@ -11,9 +11,9 @@
 
 enum { PLAN_MAX = 40, PLAN_ALIGNMENT = 64 };
 
-/* Activations live from the forward to the backward of their layer; workspace is used within one layer; weights stay
- * as long as the arena. */
-enum plan_use { PLAN_ACTIVATION, PLAN_WORKSPACE, PLAN_WEIGHTS };
+/* What a buffer is for. Weights stay as long as the arena; activations live through a pass, workspace within one layer;
+ * an overlay is used between layers alone and lies over the workspace. */
+enum plan_use { PLAN_ACTIVATION, PLAN_WORKSPACE, PLAN_OVERLAY, PLAN_WEIGHTS };
 
 struct plan_buffer {
     int64_t bytes; /* a multiple of PLAN_ALIGNMENT; 0 = not wanted */
@@ -30,6 +30,8 @@ void plan_add(struct plan *plan, int index, enum plan_use use, int64_t count, in
 /* Widen a workspace that several ops share. */
 void plan_at_least(struct plan *plan, int index, int64_t bytes);
 int64_t plan_bytes_of(const struct plan *plan, enum plan_use use);
+/* Workspace and what lies over it. */
+int64_t plan_shared_bytes(const struct plan *plan);
 int64_t plan_bytes(const struct plan *plan);
 /* bytes, rounded up to the alignment; saturates instead of overflowing. */
 int64_t plan_round(int64_t bytes);

@@ -758,6 +758,11 @@ static int advance_training(struct trainer *trainer, struct error *error)
                                   spec->packing, spec->max_seq_len, &partial->cursor, trainer->batch, error);
     if (code)
         return code;
+    /* No more than one micro-batch lies queued: who else uses the device waits no longer than that. */
+    if (partial->n_batches)
+        code = kernel_check(trainer->ops->synchronize(trainer->device), "the device failed", error);
+    if (code)
+        return code;
     const struct pass_options options = {
         .backward = true,
         .grad_scale = loss_factor(trainer),
