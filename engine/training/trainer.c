@@ -748,6 +748,12 @@ static int take_step(struct trainer *trainer, struct error *error)
     return state->evaluating ? 0 : conclude_step(trainer, error);
 }
 
+/* No more than one pass lies queued: whoever else wants the device waits no longer than that. */
+static int wait_for_pass(const struct trainer *trainer, struct error *error)
+{
+    return kernel_check(trainer->ops->synchronize(trainer->device), "the device failed", error);
+}
+
 static int advance_training(struct trainer *trainer, struct error *error)
 {
     struct partial_step *partial = &trainer->partial;
@@ -758,10 +764,7 @@ static int advance_training(struct trainer *trainer, struct error *error)
                                   spec->packing, spec->max_seq_len, &partial->cursor, trainer->batch, error);
     if (code)
         return code;
-    /* No more than one micro-batch lies queued: who else uses the device waits no longer than that. */
-    if (partial->n_batches)
-        code = kernel_check(trainer->ops->synchronize(trainer->device), "the device failed", error);
-    if (code)
+    if (partial->n_batches && (code = wait_for_pass(trainer, error)))
         return code;
     const struct pass_options options = {
         .backward = true,
@@ -815,6 +818,8 @@ static int advance_evaluation(struct trainer *trainer, struct error *error)
         dataset_next_batch(trainer->workload.validation, spec->seed, false, spec->batch_size, spec->packing,
                            spec->max_seq_len, &trainer->evaluation, trainer->batch, error);
     if (code)
+        return code;
+    if ((code = wait_for_pass(trainer, error)))
         return code;
     const struct pass_options options = {.yield = trainer->callbacks.yield,
                                          .yield_arg = trainer->callbacks.arg};
