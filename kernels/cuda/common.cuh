@@ -32,7 +32,7 @@ extern "C" {
 enum cuda_scratch_area {
     CUDA_SCRATCH_OP,     /* any op that does not call another with the same area */
     CUDA_SCRATCH_GEMM,   /* cuda_gemm's: weights widened or narrowed to the type of the activations */
-    CUDA_SCRATCH_SAMPLE, /* sample's settings and results, which keep their place */
+    CUDA_SCRATCH_SAMPLE, /* sample's counters, which begin at zero and keep their place */
     CUDA_SCRATCH_COUNT,
 };
 
@@ -85,6 +85,8 @@ struct kernel_device {
     struct cuda_staging staging[2];
     int staging_now; /* the half that fills */
     struct cuda_cached cached[CUDA_CACHED_COUNT];
+    void *results; /* see cuda_results */
+    size_t results_bytes;
     uint64_t uses_of_cache;
     struct cuda_allocation *allocations;
     int64_t allocated_bytes, peak_bytes;
@@ -110,6 +112,9 @@ int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, con
 int cuda_stage_cached(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device);
 /* At least `bytes` of device memory, 256-byte aligned, contents undefined. */
 int cuda_scratch(struct kernel_device *device, enum cuda_scratch_area area, size_t bytes, void **ret_pointer);
+/* At least `bytes` of the host's memory that kernels can write, for the few numbers that an op returns: a kernel stores
+ * them there, and they are read after cuda_synchronize. The op's until it returns. */
+int cuda_results(struct kernel_device *device, size_t bytes, void **ret_pointer);
 
 template <typename T>
 static inline int cuda_stage_array(struct kernel_device *device, const T *host, int64_t count,
@@ -313,16 +318,6 @@ int cuda_head(struct kernel_device *device, const struct head_args *a);
 int cuda_adamw(struct kernel_device *device, const struct adamw_args *a);
 int cuda_grad_norm(struct kernel_device *device, const struct grad_norm_args *a);
 int cuda_sample(struct kernel_device *device, const struct sample_args *a);
-
-/* cuda_sample in parts, for a step that is a CUDA graph. The graph holds cuda_sample_plain, captured after a
- * cuda_sample_stage of as many rows or more; before it is launched, cuda_sample_stage brings the rows' settings to where
- * the graph reads them, and says whether plain rows, which take the highest logit, are all that there is. If not, or if
- * the place moved (there are more rows than ever), the graph is of no use. cuda_sample_fetch waits and brings the ids
- * and log-probabilities. ret_ids: where the ids lie on the device, to be the next step's input. */
-int cuda_sample_stage(struct kernel_device *device, const struct sample_args *a, bool *ret_plain);
-int cuda_sample_plain(struct kernel_device *device, const float *logits, int64_t logits_stride, int64_t rows,
-                      int64_t vocab, const int32_t **ret_ids);
-int cuda_sample_fetch(struct kernel_device *device, const struct sample_args *a);
 
 /* Boundaries that begin at 0, never go back and end at `tokens`. */
 static inline bool cuda_seqs_valid(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)

@@ -210,6 +210,7 @@ void cuda_device_close(struct kernel_device *device)
     }
     for (int i = 0; i < CUDA_CACHED_COUNT; i++)
         free(device->cached[i].host);
+    (void)cudaFreeHost(device->results);
     cuda_marks_free(device);
     while (device->allocations != NULL)
         release(device, device->allocations->pointer);
@@ -437,5 +438,20 @@ int cuda_scratch(struct kernel_device *device, enum cuda_scratch_area area, size
         device->scratch[area].bytes = bytes;
     }
     *ret_pointer = device->scratch[area].pointer;
+    return KERNEL_OK;
+}
+
+int cuda_results(struct kernel_device *device, size_t bytes, void **ret_pointer)
+{
+    if (device->results_bytes < bytes) {
+        (void)cudaFreeHost(device->results);
+        device->results = NULL;
+        device->results_bytes = 0;
+        int status = cuda_check(device, cudaMallocHost(&device->results, bytes));
+        if (status != KERNEL_OK)
+            return status;
+        device->results_bytes = bytes;
+    }
+    *ret_pointer = device->results;
     return KERNEL_OK;
 }

@@ -207,17 +207,18 @@ int cuda_grad_norm(struct kernel_device *device, const struct grad_norm_args *a)
         *a->ret_sum = 0;
         return KERNEL_OK;
     }
-    void *scratch = NULL;
-    status = cuda_scratch(device, CUDA_SCRATCH_OP, ((size_t)list.blocks + 1) * sizeof(double), &scratch);
+    void *sums = NULL, *total = NULL;
+    status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)list.blocks * sizeof(double), &sums);
+    if (status == KERNEL_OK)
+        status = cuda_results(device, sizeof(double), &total);
     if (status != KERNEL_OK)
         return status;
-    double *total = (double *)scratch, *sums = total + 1, sum = 0;
-    norm_kernel<<<(unsigned)list.blocks, THREADS, 0, device->stream>>>(list, sums);
-    total_kernel<<<1, THREADS, 0, device->stream>>>(sums, list.blocks, total);
+    norm_kernel<<<(unsigned)list.blocks, THREADS, 0, device->stream>>>(list, (double *)sums);
+    total_kernel<<<1, THREADS, 0, device->stream>>>((const double *)sums, list.blocks, (double *)total);
     status = cuda_launched(device);
     if (status == KERNEL_OK)
-        status = cuda_copy_out(device, &sum, total, sizeof(sum));
+        status = cuda_synchronize(device);
     if (status == KERNEL_OK)
-        *a->ret_sum = sum;
+        *a->ret_sum = *(double *)total;
     return status;
 }

@@ -4,14 +4,10 @@
  * puts their findings together, in order. That is all for a plain row, one that takes the highest logit; the others get
  * a thread block each, which does what their settings ask for.
  *
- * Settings and results lie in memory of their own, at the same place every time, so that the kernels of a batch of
- * plain rows can be part of a CUDA graph: see cuda_sample_stage.
- *
  * The vocabulary is never sorted. Every filter keeps the first so many ids in descending order of logit (ties to the
- * lowest id), so it is told by the key (keys.cuh) of the last id that it keeps. That comes out of a radix selection over
- * weights that are integers, exp() scaled by a power of two such that their sum fits 64 bits: their sums depend on no
- * order, so that histograms may be filled by atomics and a draw gives the same id every time. The rounding, 2^-46 of the
- * highest weight for a vocabulary of 65536, is below what the log-probabilities resolve. */
+ * lowest id), so it is told by the key (keys.cuh) of the last id that it keeps. That is found among weights that are
+ * integers, exp() scaled by a power of two such that their sum fits 64 bits: their sums depend on no order, so that
+ * histograms may be filled by atomics and a draw gives the same id every time. */
 #include "kernels/cuda/keys.cuh"
 
 extern "C" {
@@ -22,15 +18,19 @@ extern "C" {
 #include <stdlib.h>
 #include <string.h>
 
+constexpr float BUCKETS_A_UNIT = 32.0f; /* of logit: all beyond 32 from the highest share the last bucket */
+
 enum {
-    THREADS = 512,
+    THREADS = 1024,
     RADIX_BITS = 8,
-    BINS = 1 << RADIX_BITS,
+    DIGITS = 1 << RADIX_BITS,
+    BUCKETS = 1024,
+    LIST = 1024, /* of a bucket's keys */
     KEY_BITS = 64,
-    ROWS_AT_ONCE = 64, /* bounds the scratch: 16 bytes a row and id */
+    ROWS_AT_ONCE = 128, /* bounds the scratch: 16 bytes a row and id */
     SPLITS = 16, /* thread blocks that look at a row first; a constant, so that batching changes no sum */
     SPLIT_THREADS = 256,
-    ROWS_UNIT = 256, /* memory is made for multiples of this, so that it moves seldom */
+    ROWS_UNIT = 256, /* memory is made for multiples of this, so that it grows seldom */
 };
 
 /* A row's settings as they travel. Offsets into the staged ids and biases of all rows. */
@@ -50,14 +50,16 @@ struct split_result {
     float highest, sum; /* of all: the highest, and the sum of exp(logit - highest) */
 };
 
-/* Memory that keeps its place; what comes out is together, for one copy. */
-struct sample_memory {
-    int64_t rows; /* room for */
-    struct row_settings *settings;
-    struct split_result *splits; /* [rows,SPLITS] */
-    double *totals;              /* [rows]: log sum exp of the model's logits */
-    int32_t *arrived;            /* [rows]: splits that are done, 0 between launches */
-    int32_t *ids;                /* [rows] */
+/* Of a row, in memory of sample's own: what its blocks tell each other. */
+struct row_work {
+    struct split_result splits[SPLITS];
+    double total;    /* log sum exp of the model's logits */
+    int32_t arrived; /* splits that are done; 0 between launches */
+};
+
+/* What comes out, in memory of the host. */
+struct sample_results {
+    int32_t *ids; /* [rows] */
     float *logprobs;
     int32_t *top_ids; /* [rows,KERNEL_TOP_MAX] */
     float *top_logprobs;
@@ -66,15 +68,17 @@ struct sample_memory {
 struct sample_task {
     const float *logits;
     int64_t stride, vocab;
-    struct sample_memory at;
+    const struct row_settings *settings; /* [rows] */
+    struct row_work *work;               /* [rows] */
+    struct sample_results results;
     /* Of the rows that are not plain: */
     const int32_t *rows; /* their numbers */
     const int32_t *history;
     const struct logit_bias *bias;
-    float *adjusted;  /* [ROWS_AT_ONCE,vocab]; NaN marks an id that may not be chosen */
-    int32_t *counts;  /* [ROWS_AT_ONCE,vocab], zero between rows' uses */
-    word *weights;    /* [ROWS_AT_ONCE,vocab] */
-    int weight_shift; /* weight = round(exp(..) 2^shift) */
+    float *adjusted; /* [ROWS_AT_ONCE,vocab]; NaN marks an id that may not be chosen */
+    int32_t *counts; /* [ROWS_AT_ONCE,vocab], zero between rows' uses */
+    word *weights;   /* [ROWS_AT_ONCE,vocab]: round(exp(..) weight_scale) */
+    double weight_scale;
 };
 
 /* The highest key of those ids of a row that the thread looks at, or 0. */
@@ -103,6 +107,7 @@ static __device__ void adjust(const struct sample_task &task, const struct row_s
             atomicAdd(&counts[history[i]], 1);
     }
     __syncthreads();
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < task.vocab; i += THREADS) {
         float v = logits[i];
         int32_t count = row.n_history > 0 ? counts[i] : 0;
@@ -128,35 +133,110 @@ static __device__ void adjust(const struct sample_task &task, const struct row_s
 
 /* ---- filters ---- */
 
-/* The greatest key such that the measures of all keys at or above it sum to `wanted` or more: its bits are found from
- * the top, a digit at a time. measure(i) is 1 to count, or the weight. The whole must be at least `wanted` > 0. */
-template <typename Measure>
-static __device__ word select_key(const float *adjusted, int64_t vocab, word lowest, word wanted,
-                                  Measure measure)
+/* Where the running sum of the bins, from the first, reaches `wanted`: the bin, and what is wanted of it. By one warp,
+ * for all of it. */
+static __device__ int reach(const word *bins, int count, word &wanted)
 {
-    __shared__ word bins[BINS];
-    __shared__ word found, rest;
+    int lane = (int)threadIdx.x % WARP, part = count / WARP;
+    word own = 0;
+    for (int i = 0; i < part; i++)
+        own += bins[lane * part + i];
+    word running = own;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        word lower = __shfl_up_sync(0xffffffffu, running, step);
+        running += lane >= step ? lower : 0;
+    }
+    unsigned reached = __ballot_sync(0xffffffffu, running >= wanted);
+    int where = reached != 0 ? __ffs((int)reached) - 1 : WARP - 1, bin = where * part;
+    word rest = wanted - (running - own);
+    if (lane == where)
+        while (bin < count - 1 && bins[bin] < rest)
+            rest -= bins[bin++];
+    wanted = __shfl_sync(0xffffffffu, rest, where);
+    return __shfl_sync(0xffffffffu, bin, where);
+}
+
+/* Buckets of logits by their distance from the highest. */
+static __device__ __forceinline__ int bucket_of(float logit, float highest)
+{
+    return (int)fminf((highest - logit) * BUCKETS_A_UNIT, (float)(BUCKETS - 1));
+}
+
+/* The greatest key such that the measures of all keys at or above it, up to `first`, sum to `wanted` or more. A measure is
+ * the weight, or 1 where `weights` is NULL. The whole of those at or above `lowest` must be at least `wanted` > 0.
+ * The bucket that it lies in comes first. The bucket's keys mostly fit a list, and each can look at all the others;
+ * otherwise the key's bits are found from the top, a digit at a time. */
+static __device__ word select_key(const float *adjusted, const word *weights, int64_t vocab, word first,
+                                  word lowest, word wanted)
+{
+    __shared__ word bins[BUCKETS], list[LIST], measures[LIST];
+    __shared__ word rest;
+    __shared__ int found, listed;
+    const float highest = logit_of(first);
+    __syncthreads();
+    for (int i = threadIdx.x; i < BUCKETS; i += THREADS)
+        bins[i] = 0;
+    if (threadIdx.x == 0)
+        listed = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < vocab; i += THREADS)
+        if (key_of(adjusted[i], i) >= lowest)
+            atomicAdd(&bins[bucket_of(adjusted[i], highest)], weights != NULL ? weights[i] : 1);
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        int bucket = reach(bins, BUCKETS, wanted);
+        if (threadIdx.x == 0) {
+            found = bucket;
+            rest = wanted;
+        }
+    }
+    __syncthreads();
+    const int bucket = found;
+    wanted = rest;
+    for (int64_t i = threadIdx.x; i < vocab; i += THREADS) {
+        word key = key_of(adjusted[i], i);
+        if (key >= lowest && bucket_of(adjusted[i], highest) == bucket) {
+            int at = atomicAdd(&listed, 1);
+            if (at < LIST) {
+                list[at] = key;
+                measures[at] = weights != NULL ? weights[i] : 1;
+            }
+        }
+    }
+    __syncthreads();
+    if (listed <= LIST) {
+        word best = 0;
+        for (int i = threadIdx.x; i < listed; i += THREADS) {
+            word sum = 0;
+            for (int k = 0; k < listed; k++)
+                sum += list[k] >= list[i] ? measures[k] : 0;
+            best = sum >= wanted && list[i] > best ? list[i] : best;
+        }
+        return block_highest<THREADS>(best);
+    }
     word prefix = 0;
     for (int shift = KEY_BITS - RADIX_BITS; shift >= 0; shift -= RADIX_BITS) {
-        for (int i = threadIdx.x; i < BINS; i += THREADS)
+        for (int i = threadIdx.x; i < DIGITS; i += THREADS)
             bins[i] = 0;
         __syncthreads();
         for (int64_t i = threadIdx.x; i < vocab; i += THREADS) {
             word key = key_of(adjusted[i], i);
             bool inside = shift == KEY_BITS - RADIX_BITS || key >> (shift + RADIX_BITS) == prefix;
-            if (key >= lowest && key != 0 && inside)
-                atomicAdd(&bins[key >> shift & (BINS - 1)], measure(i));
+            if (key >= lowest && inside && bucket_of(adjusted[i], highest) == bucket)
+                atomicAdd(&bins[DIGITS - 1 - (key >> shift & (DIGITS - 1))],
+                          weights != NULL ? weights[i] : 1);
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            int digit = BINS - 1;
-            while (digit > 0 && bins[digit] < wanted)
-                wanted -= bins[digit--];
-            found = (word)digit;
-            rest = wanted;
+        if (threadIdx.x < WARP) {
+            int bin = reach(bins, DIGITS, wanted);
+            if (threadIdx.x == 0) {
+                found = DIGITS - 1 - bin;
+                rest = wanted;
+            }
         }
         __syncthreads();
-        prefix = prefix << RADIX_BITS | found;
+        prefix = prefix << RADIX_BITS | (word)found;
         wanted = rest;
         __syncthreads();
     }
@@ -172,23 +252,22 @@ static __device__ word sum_from(const float *adjusted, const word *weights, int6
     return block_sum<THREADS>(sum);
 }
 
-/* Weights of all ids; 0 for those that min-p drops, which are the last ones too. */
+/* Weights of all ids that may be chosen, 0 for the others. */
 static __device__ void weigh(const struct row_settings &row, const float *adjusted, word *weights,
-                             int64_t vocab, int shift, word first)
+                             int64_t vocab, double scale, word first)
 {
-    double highest = (double)adjusted[id_of(first)], scale = ldexp(1.0, shift);
+    float highest = logit_of(first);
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < vocab; i += THREADS) {
-        double weight = 0;
-        if (!isnan(adjusted[i]))
-            weight = exp(((double)adjusted[i] - highest) / (double)row.temperature);
-        weights[i] = (word)__double2ull_rn(weight * scale);
+        float weight = isnan(adjusted[i]) ? 0.0f : expf((adjusted[i] - highest) / row.temperature);
+        weights[i] = (word)__double2ull_rn((double)weight * scale);
     }
     __syncthreads();
 }
 
 /* The key of the last id that top-k and top-p keep, then of min-p. */
 static __device__ word filter(const struct sample_task &task, const struct row_settings &row,
-                              const float *adjusted, const word *weights, word first)
+                              const float *adjusted, const word *weights, double scale, word first)
 {
     word lowest = 1; /* all that is no NaN */
     if (row.top_k > 0) {
@@ -197,22 +276,19 @@ static __device__ word filter(const struct sample_task &task, const struct row_s
             choosable += !isnan(adjusted[i]);
         choosable = block_sum<THREADS>(choosable);
         if ((word)row.top_k < choosable)
-            lowest =
-                select_key(adjusted, task.vocab, lowest, (word)row.top_k, [](int64_t) { return (word)1; });
+            lowest = select_key(adjusted, NULL, task.vocab, first, lowest, (word)row.top_k);
     }
     if (row.top_p < 1.0f) {
         word total = sum_from(adjusted, weights, task.vocab, lowest);
         word wanted = (word)ceil((double)row.top_p * (double)total);
         wanted = wanted < 1 ? 1 : wanted > total ? total : wanted;
-        lowest = select_key(adjusted, task.vocab, lowest, wanted, [=](int64_t i) { return weights[i]; });
+        lowest = select_key(adjusted, weights, task.vocab, first, lowest, wanted);
     }
     if (row.min_p > 0.0f) {
-        double highest = (double)adjusted[id_of(first)];
-        word last = first;
+        word last = first, least = (word)__double2ull_ru((double)row.min_p * scale);
         for (int64_t i = threadIdx.x; i < task.vocab; i += THREADS) {
             word key = key_of(adjusted[i], i);
-            if (key >= lowest && key < last &&
-                exp(((double)adjusted[i] - highest) / (double)row.temperature) >= (double)row.min_p)
+            if (key >= lowest && key < last && weights[i] >= least)
                 last = key;
         }
         lowest = ~block_highest<THREADS>(~last);
@@ -232,6 +308,7 @@ static __device__ int32_t draw_id(const float *adjusted, const word *weights, in
     int64_t stretch = divide_up(vocab, WARPS), begin = warp * stretch;
     int64_t end = begin + stretch < vocab ? begin + stretch : vocab;
     word sum = 0;
+#pragma unroll 4
     for (int64_t i = begin + lane; i < end; i += WARP)
         if (key_of(adjusted[i], i) >= lowest)
             sum += weights[i];
@@ -277,23 +354,23 @@ static __device__ int32_t choose(const struct sample_task &task, const struct ro
         return 0; /* nothing may be chosen */
     if (row.temperature == 0.0f || isinf(adjusted[id_of(first)]))
         return id_of(first);
-    weigh(row, adjusted, weights, task.vocab, task.weight_shift, first);
-    word lowest = filter(task, row, adjusted, weights, first);
+    weigh(row, adjusted, weights, task.vocab, task.weight_scale, first);
+    word lowest = filter(task, row, adjusted, weights, task.weight_scale, first);
     return draw_id(adjusted, weights, task.vocab, lowest, row.draw);
 }
 
 static __global__ void __launch_bounds__(THREADS) sample_kernel(struct sample_task task, int32_t first)
 {
     int64_t r = task.rows[first + (int32_t)blockIdx.x];
-    const struct row_settings row = task.at.settings[r];
+    const struct row_settings row = task.settings[r];
     const float *logits = task.logits + r * task.stride;
     float *adjusted = task.adjusted + blockIdx.x * task.vocab;
     adjust(task, row, logits, adjusted, task.counts + blockIdx.x * task.vocab);
     int32_t id = choose(task, row, adjusted, task.weights + blockIdx.x * task.vocab);
-    double total = task.at.totals[r];
+    double total = task.work[r].total;
     if (threadIdx.x == 0) {
-        task.at.ids[r] = id;
-        task.at.logprobs[r] = (float)((double)logits[id] - total);
+        task.results.ids[r] = id;
+        task.results.logprobs[r] = (float)((double)logits[id] - total);
     }
     if (row.n_top == 0)
         return;
@@ -303,8 +380,8 @@ static __global__ void __launch_bounds__(THREADS) sample_kernel(struct sample_ta
     block_top<THREADS>(logits, task.vocab, highest_own_key(logits, task.vocab), count, list, top);
     if (i < count) {
         id = top[i] != 0 ? id_of(top[i]) : 0;
-        task.at.top_ids[r * KERNEL_TOP_MAX + i] = id;
-        task.at.top_logprobs[r * KERNEL_TOP_MAX + i] = (float)((double)logits[id] - total);
+        task.results.top_ids[r * KERNEL_TOP_MAX + i] = id;
+        task.results.top_logprobs[r * KERNEL_TOP_MAX + i] = (float)((double)logits[id] - total);
     }
 }
 
@@ -371,17 +448,17 @@ template <int N> static __global__ void __launch_bounds__(SPLIT_THREADS) split_k
     int64_t r = blockIdx.y, stretch = divide_up(divide_up(task.vocab, N), SPLITS) * N;
     int64_t begin = blockIdx.x * stretch, end = begin + stretch < task.vocab ? begin + stretch : task.vocab;
     const float *logits = task.logits + r * task.stride;
-    struct split_result found = merge_warp(look_at<N>(logits, begin, end, task.at.settings[r].banned));
+    struct split_result found = merge_warp(look_at<N>(logits, begin, end, task.settings[r].banned));
     if (threadIdx.x % WARP == 0)
         warps[threadIdx.x / WARP] = found;
     __syncthreads();
-    struct split_result *splits = task.at.splits + r * SPLITS;
+    struct split_result *splits = task.work[r].splits;
     if (threadIdx.x == 0) {
         for (int i = 1; i < SPLIT_THREADS / WARP; i++)
             merge(found, warps[i]);
         splits[blockIdx.x] = found;
         __threadfence();
-        last = atomicAdd(&task.at.arrived[r], 1) == SPLITS - 1;
+        last = atomicAdd(&task.work[r].arrived, 1) == SPLITS - 1;
     }
     __syncthreads();
     if (!last || threadIdx.x >= WARP)
@@ -398,11 +475,11 @@ template <int N> static __global__ void __launch_bounds__(SPLIT_THREADS) split_k
         return;
     double total = (double)found.highest + log((double)found.sum);
     int32_t id = found.key != 0 ? id_of(found.key) : 0;
-    task.at.arrived[r] = 0;
-    task.at.totals[r] = total;
-    if (task.at.settings[r].plain) {
-        task.at.ids[r] = id;
-        task.at.logprobs[r] = (float)((double)logits[id] - total);
+    task.work[r].arrived = 0;
+    task.work[r].total = total;
+    if (task.settings[r].plain) {
+        task.results.ids[r] = id;
+        task.results.logprobs[r] = (float)((double)logits[id] - total);
     }
 }
 
@@ -434,43 +511,6 @@ static bool is_plain(const struct sample_row *row)
     return row->temperature == 0.0f && !wants_history(row) && row->n_bias == 0 && row->n_top == 0;
 }
 
-/* Gives a pointer its part of a memory that has room for so many rows. */
-template <typename P> static void carve(char **memory, int64_t rows, int64_t of_a_row, P **ret_pointer)
-{
-    *ret_pointer = (P *)(void *)*memory;
-    *memory += rows * of_a_row * (int64_t)sizeof(P); /* a multiple of 256 bytes */
-}
-
-/* The memory for so many rows, and for as many as there ever were. It moves when it grows. */
-static int sample_memory_get(struct kernel_device *device, int64_t rows, struct sample_memory *ret_memory)
-{
-    struct sample_memory at = {};
-    const size_t row_bytes = (1 + KERNEL_TOP_MAX) * (sizeof(*at.ids) + sizeof(*at.logprobs)) +
-                             sizeof(*at.settings) + SPLITS * sizeof(*at.splits) + sizeof(*at.totals) +
-                             sizeof(*at.arrived);
-    at.rows = (int64_t)(device->scratch[CUDA_SCRATCH_SAMPLE].bytes / row_bytes);
-    bool grows = at.rows < rows;
-    if (grows)
-        at.rows = divide_up(rows, ROWS_UNIT) * ROWS_UNIT;
-    void *memory = NULL;
-    int status = cuda_scratch(device, CUDA_SCRATCH_SAMPLE, (size_t)at.rows * row_bytes, &memory);
-    if (status == KERNEL_OK && grows)
-        status = cuda_check(device, cudaMemsetAsync(memory, 0, (size_t)at.rows * row_bytes, device->stream));
-    if (status != KERNEL_OK)
-        return status;
-    char *next = (char *)memory;
-    carve(&next, at.rows, 1, &at.ids);
-    carve(&next, at.rows, 1, &at.logprobs);
-    carve(&next, at.rows, KERNEL_TOP_MAX, &at.top_ids);
-    carve(&next, at.rows, KERNEL_TOP_MAX, &at.top_logprobs);
-    carve(&next, at.rows, 1, &at.settings);
-    carve(&next, at.rows, SPLITS, &at.splits);
-    carve(&next, at.rows, 1, &at.totals);
-    carve(&next, at.rows, 1, &at.arrived);
-    *ret_memory = at;
-    return KERNEL_OK;
-}
-
 static int check_args(const struct sample_args *s)
 {
     if (s->rows > UINT16_MAX)
@@ -483,28 +523,18 @@ static int check_args(const struct sample_args *s)
     return KERNEL_OK;
 }
 
-int cuda_sample_stage(struct kernel_device *device, const struct sample_args *s, bool *ret_plain)
+/* The rows' settings, which are mostly those of the step before. */
+static int stage_settings(struct kernel_device *device, const struct sample_args *s, struct sample_task *task)
 {
-    struct sample_memory at;
-    int status = cuda_enter(device);
-    if (status == KERNEL_OK)
-        status = check_args(s);
-    if (status == KERNEL_OK)
-        status = sample_memory_get(device, s->rows, &at);
-    if (status != KERNEL_OK)
-        return status;
-    size_t bytes = (size_t)s->rows * sizeof(struct row_settings);
-    struct row_settings *settings = (struct row_settings *)calloc(1, bytes + 1);
+    struct row_settings *settings = (struct row_settings *)calloc((size_t)s->rows, sizeof(*settings));
     if (settings == NULL)
         return KERNEL_NO_MEMORY;
     int64_t n_history = 0, n_bias = 0;
-    bool plain = true;
     for (int64_t r = 0; r < s->rows; r++) {
         const struct sample_row *row = &s->row[r];
         struct row_settings *to = &settings[r];
         to->banned = row->banned;
         to->plain = is_plain(row);
-        plain = plain && to->plain;
         if (to->plain)
             continue;
         to->temperature = row->temperature;
@@ -524,11 +554,29 @@ int cuda_sample_stage(struct kernel_device *device, const struct sample_args *s,
         n_history += to->n_history;
         n_bias += to->n_bias;
     }
-    status = cuda_copy_in(device, at.settings, settings, bytes);
+    int status = cuda_stage_array(device, settings, s->rows, &task->settings);
     free(settings);
-    if (status == KERNEL_OK)
-        *ret_plain = plain;
     return status;
+}
+
+static int make_memory(struct kernel_device *device, int64_t rows, struct sample_task *task)
+{
+    size_t n = (size_t)(divide_up(rows, ROWS_UNIT) * ROWS_UNIT), bytes = n * sizeof(*task->work);
+    bool grows = device->scratch[CUDA_SCRATCH_SAMPLE].bytes < bytes;
+    void *work = NULL, *results = NULL;
+    int status = cuda_scratch(device, CUDA_SCRATCH_SAMPLE, bytes, &work);
+    if (status == KERNEL_OK && grows)
+        status = cuda_check(device, cudaMemsetAsync(work, 0, bytes, device->stream));
+    if (status == KERNEL_OK)
+        status = cuda_results(device, n * (1 + KERNEL_TOP_MAX) * (sizeof(int32_t) + sizeof(float)), &results);
+    if (status != KERNEL_OK)
+        return status;
+    task->work = (struct row_work *)work;
+    task->results.ids = (int32_t *)results;
+    task->results.logprobs = (float *)(task->results.ids + n);
+    task->results.top_ids = (int32_t *)(task->results.logprobs + n);
+    task->results.top_logprobs = (float *)(task->results.top_ids + n * KERNEL_TOP_MAX);
+    return KERNEL_OK;
 }
 
 static int split_rows(struct kernel_device *device, const struct sample_task &task, int64_t rows)
@@ -540,22 +588,6 @@ static int split_rows(struct kernel_device *device, const struct sample_task &ta
     else
         split_kernel<1><<<grid, SPLIT_THREADS, 0, device->stream>>>(task);
     return cuda_launched(device);
-}
-
-int cuda_sample_plain(struct kernel_device *device, const float *logits, int64_t logits_stride, int64_t rows,
-                      int64_t vocab, const int32_t **ret_ids)
-{
-    struct sample_task task = {};
-    int status = cuda_enter(device);
-    if (status == KERNEL_OK)
-        status = sample_memory_get(device, rows, &task.at);
-    if (status != KERNEL_OK)
-        return status;
-    task.logits = logits;
-    task.stride = logits_stride;
-    task.vocab = vocab;
-    *ret_ids = task.at.ids;
-    return rows > 0 ? split_rows(device, task, rows) : KERNEL_OK;
 }
 
 /* What rows that are not plain need, in one array for one copy: [numbers of the rows][biases][histories]. */
@@ -612,14 +644,14 @@ static int sample_rows(struct kernel_device *device, const struct sample_args *s
     task.weights = (word *)scratch;
     task.adjusted = (float *)(task.weights + cells);
     task.counts = (int32_t *)(task.adjusted + cells);
-    task.weight_shift = 62;
+    task.weight_scale = 0x1p62;
     for (int64_t most = 1; most < s->vocab; most *= 2)
-        task.weight_shift--;
+        task.weight_scale /= 2;
     int32_t n_top = 0;
     for (int64_t r = 0; r < s->rows; r++)
         n_top = s->row[r].n_top > n_top ? s->row[r].n_top : n_top;
     size_t shared = block_top_bytes(n_top, divide_up(s->vocab, THREADS));
-    if (shared + 16384 > (size_t)device->shared_bytes)
+    if (shared + 40960 > (size_t)device->shared_bytes)
         return KERNEL_UNSUPPORTED;
     status = cuda_check(device, cudaFuncSetAttribute(
                                     sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
@@ -633,51 +665,42 @@ static int sample_rows(struct kernel_device *device, const struct sample_args *s
     return status;
 }
 
-int cuda_sample_fetch(struct kernel_device *device, const struct sample_args *s)
+static void take_results(const struct sample_args *s, const struct sample_results &from)
 {
-    struct sample_memory at;
-    int status = sample_memory_get(device, s->rows, &at);
-    if (status != KERNEL_OK || s->rows == 0)
-        return status;
-    int64_t tops = 0;
-    for (int64_t r = 0; r < s->rows && s->top_ids != NULL; r++)
-        tops += s->row[r].n_top;
-    const char *begin = (const char *)at.ids;
-    size_t bytes = (size_t)((tops > 0 ? (char *)at.settings : (char *)(at.logprobs + s->rows)) - begin);
-    char *results = (char *)malloc(bytes);
-    if (results == NULL)
-        return KERNEL_NO_MEMORY;
-    status = cuda_copy_out(device, results, begin, bytes);
-    if (status == KERNEL_OK) {
-        memcpy(s->ids, results, (size_t)s->rows * sizeof(int32_t));
-        memcpy(s->logprobs, results + ((char *)at.logprobs - begin), (size_t)s->rows * sizeof(float));
-    }
-    for (int64_t r = 0; r < s->rows && tops > 0 && status == KERNEL_OK; r++) {
+    memcpy(s->ids, from.ids, (size_t)s->rows * sizeof(int32_t));
+    memcpy(s->logprobs, from.logprobs, (size_t)s->rows * sizeof(float));
+    for (int64_t r = 0; r < s->rows && s->top_ids != NULL; r++) {
         size_t count = (size_t)(s->row[r].n_top < s->vocab ? s->row[r].n_top : s->vocab);
-        memcpy(s->top_ids + r * KERNEL_TOP_MAX, results + ((char *)(at.top_ids + r * KERNEL_TOP_MAX) - begin),
-               count * sizeof(int32_t));
-        memcpy(s->top_logprobs + r * KERNEL_TOP_MAX,
-               results + ((char *)(at.top_logprobs + r * KERNEL_TOP_MAX) - begin), count * sizeof(float));
+        int64_t at = r * KERNEL_TOP_MAX;
+        memcpy(s->top_ids + at, from.top_ids + at, count * sizeof(int32_t));
+        memcpy(s->top_logprobs + at, from.top_logprobs + at, count * sizeof(float));
     }
-    free(results);
-    return status;
 }
 
 int cuda_sample(struct kernel_device *device, const struct sample_args *s)
 {
-    bool plain = true;
-    const int32_t *ids;
-    int status = cuda_sample_stage(device, s, &plain);
+    struct sample_task task = {};
+    int status = cuda_enter(device);
     if (status == KERNEL_OK)
-        status = cuda_sample_plain(device, s->logits, s->logits_stride, s->rows, s->vocab, &ids);
-    if (status == KERNEL_OK && !plain) {
-        struct sample_task task = {};
-        task.logits = s->logits;
-        task.stride = s->logits_stride;
-        task.vocab = s->vocab;
-        status = sample_memory_get(device, s->rows, &task.at);
-        if (status == KERNEL_OK)
-            status = sample_rows(device, s, task);
-    }
-    return status == KERNEL_OK ? cuda_sample_fetch(device, s) : status;
+        status = check_args(s);
+    if (status != KERNEL_OK || s->rows == 0)
+        return status;
+    task.logits = s->logits;
+    task.stride = s->logits_stride;
+    task.vocab = s->vocab;
+    bool plain = true;
+    for (int64_t r = 0; r < s->rows; r++)
+        plain = plain && is_plain(&s->row[r]);
+    status = stage_settings(device, s, &task);
+    if (status == KERNEL_OK)
+        status = make_memory(device, s->rows, &task);
+    if (status == KERNEL_OK)
+        status = split_rows(device, task, s->rows);
+    if (status == KERNEL_OK && !plain)
+        status = sample_rows(device, s, task);
+    if (status == KERNEL_OK)
+        status = cuda_synchronize(device);
+    if (status == KERNEL_OK)
+        take_results(s, task.results);
+    return status;
 }
