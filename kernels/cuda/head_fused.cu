@@ -49,12 +49,12 @@ struct tile_result {
 
 /* Some rows of the whole. */
 struct chunk {
-    int64_t rows, vocab;
+    int64_t rows, vocab, e_stride;
     const int32_t *targets;
     float *shifts;               /* [rows]: c log2 e */
     float *factors;              /* [rows]: 1 / (1 + S); 0 where there is no gradient */
     struct tile_result *results; /* [rows,n_tiles] */
-    __nv_bfloat16 *e;            /* [rows,vocab] */
+    __nv_bfloat16 *e;            /* [rows,e_stride] */
     float *sums; /* [rows,d]: d(hidden) without what divides; then hidden times what divides */
     int32_t m_tiles, n_tiles, pieces;
 };
@@ -132,7 +132,7 @@ __device__ __forceinline__ void finish_row(const struct chunk &chunk, const floa
 {
     float sum = 0.0f, highest = -INFINITY;
     int32_t id = -1;
-    __nv_bfloat16 *e = chunk.e + own.row * chunk.vocab + (int64_t)n_tile * TILE_IDS + 8 * q;
+    __nv_bfloat16 *e = chunk.e + own.row * chunk.e_stride + (int64_t)n_tile * TILE_IDS + 8 * q;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         uint32_t words[4];
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(THREADS)
     scores.right[first + row] = id == target;
     chunk.factors[row] = scored ? 1.0f / (1.0f + sum) : 0.0f;
     if (STORE && scored)
-        chunk.e[row * chunk.vocab + target] = __float2bfloat16_rn(-sum);
+        chunk.e[row * chunk.e_stride + target] = __float2bfloat16_rn(-sum);
 }
 
 /* to = from times grad_scale and the row's factor. */
@@ -399,6 +399,12 @@ int64_t round_up(int64_t bytes)
     return divide_up(bytes, 256) * 256;
 }
 
+/* Rows of e begin where lines of the cache do. */
+int64_t padded(int64_t vocab)
+{
+    return divide_up(vocab, PIECE) * PIECE;
+}
+
 /* As many rows as keep every multiprocessor at one tile of the second product. */
 int64_t chunk_rows(int64_t rows, int64_t d_model)
 {
@@ -414,7 +420,7 @@ int64_t carve(struct chunk *chunk, void *workspace, int64_t rows, int64_t d, int
     int64_t n_tiles = divide_up(vocab, TILE_IDS);
     int64_t shifts = 0, factors = shifts + round_up(rows * 4), results = factors + round_up(rows * 4);
     int64_t e = results + round_up(rows * n_tiles * (int64_t)sizeof(struct tile_result));
-    int64_t sums = e + (backward ? round_up(rows * vocab * 2) : 0);
+    int64_t sums = e + (backward ? round_up(rows * padded(vocab) * 2) : 0);
     if (chunk != NULL) {
         chunk->shifts = (float *)(base + shifts);
         chunk->factors = (float *)(base + factors);
@@ -459,6 +465,7 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const __n
           backward);
     chunk.rows = rows;
     chunk.vocab = h->vocab;
+    chunk.e_stride = padded(h->vocab);
     chunk.targets = h->targets + first;
     chunk.m_tiles = (int32_t)divide_up(rows, TILE_ROWS);
     chunk.n_tiles = (int32_t)divide_up(h->vocab, TILE_IDS);
@@ -467,7 +474,7 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const __n
                           : first_product<false>(device, h, hidden, weight, chunk, first);
     unsigned by_row = (unsigned)divide_up(rows, ROWS_A_BLOCK);
     if (h->d_hidden != NULL && status == KERNEL_OK) {
-        status = head_product(device, rows, d, h->vocab, {chunk.e, h->vocab, false}, {weight, d, false},
+        status = head_product(device, rows, d, h->vocab, {chunk.e, chunk.e_stride, false}, {weight, d, false},
                               TYPE_BF16, false, 1.0f, chunk.sums, TYPE_F32, 0.0f);
         scale_kernel<<<by_row, THREADS, 0, device->stream>>>(
             chunk.sums, (__nv_bfloat16 *)h->d_hidden + first * d, chunk.factors, rows, d, h->grad_scale);
@@ -476,7 +483,7 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const __n
         __nv_bfloat16 *scaled = (__nv_bfloat16 *)chunk.sums;
         scale_kernel<<<by_row, THREADS, 0, device->stream>>>(hidden, scaled, chunk.factors, rows, d,
                                                              h->grad_scale);
-        status = head_product(device, h->vocab, d, rows, {chunk.e, h->vocab, true}, {scaled, d, false},
+        status = head_product(device, h->vocab, d, rows, {chunk.e, chunk.e_stride, true}, {scaled, d, false},
                               TYPE_BF16, false, 1.0f, h->d_weight, TYPE_F32, 1.0f);
     }
     return status == KERNEL_OK ? cuda_launched(device) : status;
