@@ -465,6 +465,7 @@ int checkpoint_read_tensors(const char *path, struct adapter *adapter, bool mome
             goto done;
         }
     }
+    code = adapter_refresh(adapter, error);
 done:
     safetensors_close(file);
     json_decref(json);
