@@ -6,7 +6,7 @@ import time
 import openai
 import pytest
 
-from conftest import PATIENCE, SANITIZED, upload, wait_for
+from conftest import PATIENCE, SANITIZED, Server, upload, wait_for
 
 SHORT_JOBS = 10 if SANITIZED else 60
 
@@ -49,6 +49,20 @@ def test_jobs_wait_for_the_gpu_of_a_mixed_pool(own_server):
     assert precision(create(client, precision="fp32")) == "fp32"
     assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def test_a_gpu_that_does_not_open_says_why(tmp_path):
+    server = Server(tmp_path, device="cuda:99").start(wait=False)
+    try:
+        deadline = time.monotonic() + 20 * PATIENCE
+        while b"cuda:99" not in server.get("/readyz").body and time.monotonic() < deadline:
+            time.sleep(0.05)
+        answer = server.get("/readyz")
+        assert answer.status == 503 and re.search("worker of cuda:99 is down: .*(does not open|no CUDA)", answer.json()["error"]["message"])
+        job = create(server.openai())  # it waits for the device
+        assert job.status == "validating_files" and precision(job) == "bf16"
+    finally:
+        server.stop()
 
 
 def memory(server, kind):
