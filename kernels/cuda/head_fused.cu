@@ -436,9 +436,9 @@ int first_product(struct kernel_device *device, const struct head_args *h, const
                   const __nv_bfloat16 *weight, const struct chunk &chunk, int64_t first)
 {
     CUtensorMap hidden_map, weight_map;
-    int status = cuda_tile_map(&hidden_map, hidden, chunk.rows, h->d_model, TILE_ROWS);
+    int status = cuda_tile_map(&hidden_map, hidden, chunk.rows, h->d_model, h->d_model, TILE_ROWS, TYPE_BF16);
     if (status == KERNEL_OK)
-        status = cuda_tile_map(&weight_map, weight, chunk.vocab, h->d_model, TILE_IDS);
+        status = cuda_tile_map(&weight_map, weight, chunk.vocab, h->d_model, h->d_model, TILE_IDS, TYPE_BF16);
     if (status == KERNEL_OK)
         status = cuda_check(device,
                             cudaFuncSetAttribute(tile_kernel<STORE>,

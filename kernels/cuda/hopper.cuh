@@ -10,10 +10,11 @@
 
 /* ---- host ---- */
 
-/* The map of a row-major BF16 matrix [rows,columns], read in boxes of box_rows x 64 columns that lie in shared memory as
+/* The map of a row-major matrix [rows,columns] of 16-bit type, rows `stride` elements apart, read in boxes of box_rows x 64 columns that lie in shared memory as
  * rows of 128 bytes under the 128-byte swizzle. Beyond the edges there are zeros. KERNEL_UNSUPPORTED where the driver
  * is too old; matrix: 16-byte aligned, as are its rows. */
-int cuda_tile_map(CUtensorMap *ret_map, const void *matrix, int64_t rows, int64_t columns, int box_rows);
+int cuda_tile_map(CUtensorMap *ret_map, const void *matrix, int64_t rows, int64_t columns, int64_t stride,
+                  int box_rows, enum kernel_type type);
 
 /* ---- device ---- */
 

@@ -3,13 +3,14 @@
  *     y = x W^T + bias + s u B^T,  u = dropout(x) A^T
  *     du = s dy B,  dx = dy W + mask * (du A),  dW += dy^T x,  dB += s dy^T u,  dA += du^T dropout(x)
  *
- * The wide products are cuBLAS's. What the adapter adds to y or dx is written first, which costs no reading, and the
- * wide product adds itself to it. u, du, dB and dA read a matrix of activations for a few columns: skinny.cu does so at
+ * The wide products are cuBLAS's, and on Hopper in 16 bits joint.cu's, which adds the adapter's part of y or dx on the
+ * way. Elsewhere that part is written first, which costs no reading, and the wide product adds itself to it. u, du, dB and dA read a matrix of activations for a few columns: skinny.cu does so at
  * the speed of memory for small ranks in 16 bits; other ranks and types are products like all others; under dropout
  * lora.cu draws the mask again for each of them.
  *
  * Adapters are fp32 and are rounded to the type of the activations on the way into a product. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/joint.cuh"
 #include "kernels/cuda/low_rank.cuh"
 #include "kernels/cuda/skinny.cuh"
 #include "kernels/cuda/vector.cuh"
@@ -19,7 +20,11 @@
 namespace
 {
 
-enum { THREADS = 256, DBIAS_PARTS = 64 };
+enum {
+    THREADS = 256,
+    DBIAS_PARTS = 64,
+    JOINT_COLUMNS_LEAST = 256, /* of C: for fewer, a pass over it costs little and wide tiles are wasted */
+};
 
 int64_t round_up(int64_t bytes)
 {
@@ -54,25 +59,21 @@ struct workspace workspace_of(void *base, int64_t rows, const struct linear_laye
 /* ---- factors ---- */
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) pack_kernel(const float *from, T *to, int64_t count)
+__global__ void __launch_bounds__(THREADS) pack_kernel(const float *from, float scale, T *to, int64_t count)
 {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < count)
-        to[i] = from_float<T>(from[i]);
+        to[i] = from_float<T>(scale * from[i]);
 }
 
-/* A factor as an operand of a product: itself, or a copy in the type of the activations. */
-const void *pack(struct kernel_device *device, const float *factor, int64_t count, enum kernel_type act,
-                 void *copy)
+/* scale times a factor as an operand of a product: a copy in the type of the activations. */
+void pack(struct kernel_device *device, const float *factor, float scale, int64_t count, enum kernel_type act,
+          void *copy)
 {
-    if (act == TYPE_F32 || count == 0)
-        return factor;
     unsigned blocks = (unsigned)divide_up(count, THREADS);
-    if (act == TYPE_BF16)
-        pack_kernel<<<blocks, THREADS, 0, device->stream>>>(factor, (__nv_bfloat16 *)copy, count);
-    else
-        pack_kernel<<<blocks, THREADS, 0, device->stream>>>(factor, (__half *)copy, count);
-    return copy;
+    if (count > 0)
+        CUDA_WITH_TYPE(act, T,
+                       pack_kernel<<<blocks, THREADS, 0, device->stream>>>(factor, scale, (T *)copy, count));
 }
 
 /* ---- bias ---- */
@@ -157,15 +158,37 @@ int add_gradient(struct kernel_device *device, const void *left, int64_t left_st
     return cuda_gemm(device, &g);
 }
 
+/* C = low's product (and what C holds, if its beta says so) + main's: in one go where joint.cu can, one on top of the
+ * other otherwise. */
+int add_products(struct kernel_device *device, const struct gemm_args *main, const struct gemm_args *low)
+{
+    struct joint_product p = {};
+    p.m = main->m, p.n = main->n, p.k = main->k, p.k2 = low->k;
+    p.a = main->a, p.a_stride = main->a_stride;
+    p.b = main->b, p.b_stride = main->b_stride;
+    p.a2 = low->a, p.a2_stride = low->a_stride;
+    p.b2 = low->b, p.b2_stride = low->b_stride;
+    p.c = main->c, p.c_stride = main->c_stride;
+    p.transposed = main->transpose_b;
+    p.accumulate = low->beta != 0.0f;
+    p.act = main->act;
+    if (main->b_type == main->act && main->n >= JOINT_COLUMNS_LEAST && cuda_joint_can(device, &p))
+        return cuda_joint_product(device, &p);
+    int status = cuda_gemm(device, low);
+    return status == KERNEL_OK ? cuda_gemm(device, main) : status;
+}
+
 /* ---- forward ---- */
 
-/* u, and what holds B in the type of the activations. */
-int make_u(struct kernel_device *device, const struct linear_forward_args *f, const struct workspace *w,
-           const void **ret_b)
+/* u, and scale * B in w->factor. */
+int make_u(struct kernel_device *device, const struct linear_forward_args *f, const struct workspace *w)
 {
     const struct linear_layer *l = &f->layer;
-    bool skinny = l->dropout == 0.0f && cuda_skinny_can(f->x, f->x_stride, l->in, l->rank, f->act);
-    if (skinny) {
+    int64_t count = l->out * l->rank;
+    int status = KERNEL_OK;
+    if (l->dropout > 0.0f) {
+        status = cuda_low_rank_project(device, f);
+    } else if (cuda_skinny_can(f->x, f->x_stride, l->in, l->rank, f->act)) {
         struct skinny s = {};
         s.rows = f->rows, s.columns = l->in, s.rank = l->rank;
         s.wide = f->x, s.stride = f->x_stride, s.act = f->act;
@@ -173,51 +196,43 @@ int make_u(struct kernel_device *device, const struct linear_forward_args *f, co
         s.weights = l->a;
         s.low_out = f->u;
         s.workspace = w->skinny;
-        s.pack = l->b, s.pack_to = w->factor, s.pack_scale = 1.0f, s.pack_count = l->out * l->rank;
-        *ret_b = w->factor;
+        s.pack = l->b, s.pack_to = w->factor, s.pack_scale = l->scale, s.pack_count = count;
         return cuda_skinny(device, &s);
-    }
-    int status = KERNEL_OK;
-    if (l->dropout > 0.0f) {
-        status = cuda_low_rank_project(device, f);
     } else {
         struct gemm_args g = narrow_product(f->x, f->x_stride, f->rows, l->in, l->rank, f->act, f->tf32);
+        pack(device, l->a, 1.0f, l->rank * l->in, f->act, w->factor);
         g.transpose_b = true;
-        g.b = pack(device, l->a, l->rank * l->in, f->act, w->factor), g.b_stride = l->in;
+        g.b = w->factor, g.b_stride = l->in;
         g.c = f->u;
         status = cuda_gemm(device, &g);
     }
-    *ret_b = pack(device, l->b, l->out * l->rank, f->act, w->factor);
+    pack(device, l->b, l->scale, count, f->act, w->factor);
     return status;
 }
 
-/* y = or += s u B^T */
-int write_low_rank(struct kernel_device *device, const struct linear_forward_args *f)
+/* y = x W^T + bias + u (scale B)^T. */
+int forward_adapted(struct kernel_device *device, const struct linear_forward_args *f)
 {
     const struct linear_layer *l = &f->layer;
     struct workspace w = workspace_of(f->workspace, f->rows, l);
-    struct gemm_args g = {};
-    int status = make_u(device, f, &w, &g.b);
+    int status = make_u(device, f, &w);
     if (status != KERNEL_OK)
         return status;
-    g.m = f->rows, g.n = l->out, g.k = l->rank;
-    g.transpose_b = true;
-    g.alpha = l->scale, g.beta = l->bias != NULL ? 1.0f : 0.0f;
-    g.a = f->u, g.a_stride = l->rank;
-    g.b_stride = l->rank;
-    g.c = f->y, g.c_stride = f->y_stride;
-    g.act = g.b_type = g.c_type = f->act;
-    g.tf32 = f->tf32;
-    return cuda_gemm(device, &g);
+    struct gemm_args main = linear_forward_product(f, 1.0f), low = main;
+    low.k = l->rank;
+    low.a = f->u, low.a_stride = l->rank;
+    low.b = w.factor, low.b_stride = l->rank, low.b_type = f->act;
+    low.beta = l->bias != NULL ? 1.0f : 0.0f;
+    return add_products(device, &main, &low);
 }
 
 /* ---- backward ---- */
 
-/* du, dB, and what holds A in the type of the activations. */
-int make_du(struct kernel_device *device, const struct linear_backward_args *b, const struct workspace *w,
-            const void **ret_a)
+/* du and dB, and A in w->factor. */
+int make_du(struct kernel_device *device, const struct linear_backward_args *b, const struct workspace *w)
 {
     const struct linear_layer *l = &b->layer;
+    int64_t count = l->rank * l->in;
     if (cuda_skinny_can(b->dy, b->dy_stride, l->out, l->rank, b->act)) {
         struct skinny s = {};
         s.rows = b->rows, s.columns = l->out, s.rank = l->rank;
@@ -227,19 +242,19 @@ int make_du(struct kernel_device *device, const struct linear_backward_args *b, 
         s.low_out = w->du;
         s.low_in = b->u, s.gradient = b->db;
         s.workspace = w->skinny;
-        s.pack = l->a, s.pack_to = w->factor, s.pack_scale = 1.0f, s.pack_count = l->rank * l->in;
-        *ret_a = w->factor;
+        s.pack = l->a, s.pack_to = w->factor, s.pack_scale = 1.0f, s.pack_count = count;
         return cuda_skinny(device, &s);
     }
     struct gemm_args g = narrow_product(b->dy, b->dy_stride, b->rows, l->out, l->rank, b->act, b->tf32);
+    pack(device, l->b, 1.0f, l->out * l->rank, b->act, w->factor);
     g.alpha = l->scale;
-    g.b = pack(device, l->b, l->out * l->rank, b->act, w->factor), g.b_stride = l->rank;
+    g.b = w->factor, g.b_stride = l->rank;
     g.c = w->du;
     int status = cuda_gemm(device, &g);
     if (status == KERNEL_OK && b->db != NULL)
         status = add_gradient(device, b->dy, b->dy_stride, l->out, b->u, l->rank, l->rank, b->rows, l->scale,
                               b->db, b->act, b->tf32);
-    *ret_a = pack(device, l->a, l->rank * l->in, b->act, w->factor);
+    pack(device, l->a, 1.0f, count, b->act, w->factor);
     return status;
 }
 
@@ -260,43 +275,32 @@ int add_da(struct kernel_device *device, const struct linear_backward_args *b, c
     return cuda_skinny(device, &s);
 }
 
-/* dx = or += du A */
-int write_dx_low_rank(struct kernel_device *device, const struct linear_backward_args *b,
-                      const struct workspace *w, const void *a)
+int make_dx(struct kernel_device *device, const struct linear_backward_args *b)
 {
-    struct gemm_args g = {};
-    g.m = b->rows, g.n = b->layer.in, g.k = b->layer.rank;
-    g.alpha = 1.0f, g.beta = b->accumulate ? 1.0f : 0.0f;
-    g.a = w->du, g.a_stride = b->layer.rank;
-    g.b = a, g.b_stride = b->layer.in;
-    g.c = b->dx, g.c_stride = b->dx_stride;
-    g.act = g.b_type = g.c_type = b->act;
-    g.tf32 = b->tf32;
-    return cuda_gemm(device, &g);
-}
-
-int make_dx(struct kernel_device *device, const struct linear_backward_args *b, bool on_top)
-{
-    struct gemm_args product = linear_dx_product(b, on_top ? 1.0f : 0.0f);
+    struct gemm_args product = linear_dx_product(b, b->accumulate ? 1.0f : 0.0f);
     return cuda_gemm(device, &product);
 }
 
 /* dx and the adapter's gradients. */
 int backward_adapted(struct kernel_device *device, const struct linear_backward_args *b)
 {
-    struct workspace w = workspace_of(b->workspace, b->rows, &b->layer);
-    const void *a = NULL;
-    int status = make_du(device, b, &w, &a);
+    const struct linear_layer *l = &b->layer;
+    struct workspace w = workspace_of(b->workspace, b->rows, l);
+    int status = make_du(device, b, &w);
     if (status == KERNEL_OK && b->da != NULL)
         status = add_da(device, b, &w);
     if (status != KERNEL_OK || b->dx == NULL)
         return status;
-    if (b->layer.dropout > 0.0f) {
-        status = make_dx(device, b, b->accumulate);
+    if (l->dropout > 0.0f) {
+        status = make_dx(device, b);
         return status == KERNEL_OK ? cuda_low_rank_expand(device, b, w.du) : status;
     }
-    status = write_dx_low_rank(device, b, &w, a);
-    return status == KERNEL_OK ? make_dx(device, b, true) : status;
+    struct gemm_args main = linear_dx_product(b, 1.0f), low = main;
+    low.k = l->rank;
+    low.a = w.du, low.a_stride = l->rank;
+    low.b = w.factor, low.b_type = b->act;
+    low.beta = b->accumulate ? 1.0f : 0.0f;
+    return add_products(device, &main, &low);
 }
 
 } // namespace
@@ -330,12 +334,12 @@ int cuda_linear_forward(struct kernel_device *device, const struct linear_forwar
         return KERNEL_OK;
     if (l->bias != NULL)
         write_bias(device, f);
-    if (l->rank > 0)
-        status = write_low_rank(device, f);
-    if (status != KERNEL_OK)
-        return status;
-    struct gemm_args product = linear_forward_product(f, l->bias != NULL || l->rank > 0 ? 1.0f : 0.0f);
-    status = cuda_gemm(device, &product);
+    if (l->rank > 0) {
+        status = forward_adapted(device, f);
+    } else {
+        struct gemm_args product = linear_forward_product(f, l->bias != NULL ? 1.0f : 0.0f);
+        status = cuda_gemm(device, &product);
+    }
     return status == KERNEL_OK ? cuda_launched(device) : status;
 }
 
@@ -361,6 +365,6 @@ int cuda_linear_backward(struct kernel_device *device, const struct linear_backw
     if (b->layer.rank > 0 && (b->dx != NULL || b->da != NULL))
         status = backward_adapted(device, b);
     else if (b->dx != NULL)
-        status = make_dx(device, b, b->accumulate);
+        status = make_dx(device, b);
     return status == KERNEL_OK ? cuda_launched(device) : status;
 }

@@ -2,8 +2,9 @@
  * du = s dy B and dB = s dy^T u together, then dA = du^T x, in the backward. Bound by memory: a rank of 8 is one
  * m16n8k16 of the tensor cores for 256 elements.
  *
- * A block has up to 16 warps side by side and goes down its rows 16 at a time; a warp owns CHUNKS times 32 columns, so
- * that its part of the weights and its part of the gradient stay in registers. A lane loads 8 neighbouring elements of
+ * A block has up to 16 warps, side by side over its columns and, where those are few, in several groups one below the
+ * other. It goes down its rows 16 a group at a time; a warp owns CHUNKS times 32 columns, so that its part of the weights
+ * and its part of the gradient stay in registers. A lane loads 8 neighbouring elements of
  * row lane / 4 and as many of the row 8 below. That they are not the elements that an instruction's fragment wants does
  * not matter to `project`, which sums over columns: the weights are loaded in the same order. `outer` sums over rows
  * and takes the same registers transposed (movmatrix). The next rows are on their way meanwhile.
@@ -67,15 +68,15 @@ template <typename T> __device__ __forceinline__ uint32_t pair_of(T low, T high)
 /* ---- the kernel ---- */
 
 struct partition {
-    int across;        /* blocks side by side */
-    int chunks, warps; /* of a warp, of a block */
-    int down;          /* blocks one below the other */
-    int64_t rows;      /* of a block, a multiple of STEP */
+    int across, down; /* blocks side by side, one below the other */
+    int chunks;       /* of a warp */
+    int side, groups; /* warps of a block side by side, and how many times one below the other */
+    int64_t rows;     /* of a block */
 };
 
 struct parameters {
     int64_t rows, columns, stride, block_rows;
-    int rank;
+    int rank, side, groups;
     float scale; /* of low_out */
     bool by_column;
     const void *wide;
@@ -149,90 +150,145 @@ __device__ __forceinline__ void load_weights(const struct parameters &p, int ran
             }
 }
 
+/* What a warp has of its columns. */
+template <int TILES, int CHUNKS, bool PROJECT, bool OUTER> struct state {
+    uint32_t weights[PROJECT ? TILES : 1][PROJECT ? CHUNKS : 1][4];
+    float gradient[OUTER ? CHUNKS : 1][2][OUTER ? TILES : 1][4];
+};
+
+/* Sixteen rows of a warp's columns with the rows of low_in. */
+template <int TILES, int CHUNKS, bool OUTER> struct rows {
+    uint4 wide[CHUNKS][2];
+    uint32_t low[OUTER ? TILES : 1][2];
+};
+
+/* The sums over this warp's columns go to `to`, 16 rows of 8 ranks for each tile. */
+template <typename T, int TILES, int CHUNKS, bool PROJECT, bool OUTER>
+__device__ __forceinline__ void multiply_rows(const struct rows<TILES, CHUNKS, OUTER> &rows,
+                                              struct state<TILES, CHUNKS, PROJECT, OUTER> &state, int g,
+                                              int t, float *to)
+{
+    if constexpr (PROJECT) {
+        float sum[TILES][4] = {};
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+                const uint4 &a = rows.wide[j][0], &b = rows.wide[j][1];
+                const uint32_t(&w)[4] = state.weights[n][j];
+                multiply<T>(sum[n], a.x, b.x, a.y, b.y, w[0], w[1]);
+                multiply<T>(sum[n], a.z, b.z, a.w, b.w, w[2], w[3]);
+            }
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            float *at = to + n * FRAGMENT + g * RANKS + 2 * t;
+            *(float2 *)at = make_float2(sum[n][0], sum[n][1]);
+            *(float2 *)(at + 8 * RANKS) = make_float2(sum[n][2], sum[n][3]);
+        }
+    }
+    if constexpr (OUTER) {
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++) {
+            const uint4 &a = rows.wide[j][0], &b = rows.wide[j][1];
+            const uint32_t top[4] = {a.x, a.y, a.z, a.w}, bottom[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int q = 0; q < 2; q++) {
+                uint32_t a0 = transpose(top[2 * q]), a1 = transpose(top[2 * q + 1]);
+                uint32_t a2 = transpose(bottom[2 * q]), a3 = transpose(bottom[2 * q + 1]);
+#pragma unroll
+                for (int n = 0; n < TILES; n++)
+                    multiply<T>(state.gradient[j][q][n], a0, a1, a2, a3, rows.low[n][0], rows.low[n][1]);
+            }
+        }
+    }
+}
+
+/* The sums of the warps that share rows, in order. */
+template <typename T, int TILES>
+__device__ __forceinline__ void write_low(const struct parameters &p, const float *sums, int64_t row,
+                                          int64_t end)
+{
+    for (int i = threadIdx.x; i < p.groups * TILES * FRAGMENT; i += blockDim.x) {
+        int group = i / (TILES * FRAGMENT), within = i % (TILES * FRAGMENT);
+        const float *from = sums + group * p.side * (TILES * FRAGMENT) + within;
+        float sum = from[0];
+        for (int w = 1; w < p.side; w++)
+            sum += from[w * (TILES * FRAGMENT)];
+        sum *= p.scale;
+        int64_t r = row + group * STEP + within % FRAGMENT / RANKS;
+        int rank = within / FRAGMENT * RANKS + within % RANKS;
+        if (r < end && p.low_parts != NULL)
+            p.low_parts[(blockIdx.x * p.rows + r) * (TILES * RANKS) + rank] = sum;
+        else if (r < end && rank < p.rank)
+            ((T *)p.low_out)[r * p.rank + rank] = from_float<T>(sum);
+    }
+}
+
+/* The gradients of the warps that share columns, in order, into those of the first group. */
+template <int COUNT>
+__device__ __forceinline__ void add_groups(const struct parameters &p, int group, float *gradient,
+                                           float *shared)
+{
+    float *mine = shared + threadIdx.x % (p.side * WARP);
+    for (int other = 1; other < p.groups; other++) {
+        __syncthreads();
+        if (group == other)
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+                mine[i * p.side * WARP] = gradient[i];
+        __syncthreads();
+        if (group == 0)
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+                gradient[i] += mine[i * p.side * WARP];
+    }
+}
+
 template <typename T, int TILES, int CHUNKS, bool PROJECT, bool OUTER>
 __global__ void __launch_bounds__(WARPS_MOST *WARP, 1) skinny_kernel(const struct parameters p)
 {
-    __shared__ float sums[PROJECT ? 2 : 1][PROJECT ? WARPS_MOST : 1][TILES * FRAGMENT];
+    constexpr int SUMS = PROJECT ? 2 * WARPS_MOST * TILES * FRAGMENT : 0;
+    constexpr int GRADIENT = OUTER ? CHUNKS * 2 * TILES * 4 : 0, GRADIENTS = GRADIENT * WARPS_MOST / 2 * WARP;
+    __shared__ __align__(16) float shared[SUMS > GRADIENTS ? SUMS : GRADIENTS];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int warps = blockDim.x / WARP;
-    const int64_t column = ((int64_t)blockIdx.x * warps + warp) * (CHUNKS * CHUNK) + 8 * t;
-    int64_t row = blockIdx.y * p.block_rows;
+    const int group = warp / p.side, step = p.groups * STEP;
+    const int64_t column = ((int64_t)blockIdx.x * p.side + warp % p.side) * (CHUNKS * CHUNK) + 8 * t;
+    int64_t row = blockIdx.y * p.block_rows; /* of the first group */
     const int64_t end = min(row + p.block_rows, p.rows);
-    const T *at = (const T *)p.wide + (row + g) * p.stride + column;
 
-    uint4 now[CHUNKS][2], next[CHUNKS][2];
-    load_rows<T>(p, at, row + g, end, column, now);
+    auto load = [&](struct rows<TILES, CHUNKS, OUTER> &rows, int64_t first) {
+        int64_t r = first + group * STEP;
+        load_rows<T>(p, (const T *)p.wide + (r + g) * p.stride + column, r + g, end, column, rows.wide);
+        if constexpr (OUTER)
+            load_low<T>(p, r + 2 * t, end, g, rows.low);
+    };
+    struct rows<TILES, CHUNKS, OUTER> even, odd;
+    load(even, row);
     for (int64_t i = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
          i < p.pack_count; i += (int64_t)gridDim.x * gridDim.y * blockDim.x)
         ((T *)p.pack_to)[i] = from_float<T>(p.pack_scale * p.pack[i]);
-    uint32_t weights[PROJECT ? TILES : 1][PROJECT ? CHUNKS : 1][4];
+    struct state<TILES, CHUNKS, PROJECT, OUTER> state = {
+    };
     if constexpr (PROJECT)
-        load_weights<T>(p, g, column, weights);
-    uint32_t low[OUTER ? TILES : 1][2], low_next[OUTER ? TILES : 1][2];
-    if constexpr (OUTER)
-        load_low<T>(p, row + 2 * t, end, g, low);
-    float gradient[OUTER ? CHUNKS : 1][2][OUTER ? TILES : 1][4] = {};
+        load_weights<T>(p, g, column, state.weights);
 
-    for (int buffer = 0; row < end; row += STEP, buffer ^= 1) {
-        at += STEP * p.stride;
-        load_rows<T>(p, at, row + STEP + g, end, column, next);
-        if constexpr (OUTER)
-            load_low<T>(p, row + STEP + 2 * t, end, g, low_next);
+    /* A buffer of sums is written again two barriers after it was read, so one barrier a step is enough. */
+    float *sums = shared, *other_sums = shared + SUMS / 2;
+    auto take = [&](const struct rows<TILES, CHUNKS, OUTER> &rows, int64_t first, float *sums) {
+        multiply_rows<T>(rows, state, g, t, sums + warp * (TILES * FRAGMENT));
         if constexpr (PROJECT) {
-            float sum[TILES][4] = {};
-#pragma unroll
-            for (int j = 0; j < CHUNKS; j++)
-#pragma unroll
-                for (int n = 0; n < TILES; n++) {
-                    const uint4 &a = now[j][0], &b = now[j][1];
-                    multiply<T>(sum[n], a.x, b.x, a.y, b.y, weights[n][j][0], weights[n][j][1]);
-                    multiply<T>(sum[n], a.z, b.z, a.w, b.w, weights[n][j][2], weights[n][j][3]);
-                }
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                float *to = &sums[buffer][warp][n * FRAGMENT + g * RANKS + 2 * t];
-                *(float2 *)to = make_float2(sum[n][0], sum[n][1]);
-                *(float2 *)(to + 8 * RANKS) = make_float2(sum[n][2], sum[n][3]);
-            }
+            __syncthreads();
+            write_low<T, TILES>(p, sums, first, end);
         }
-        if constexpr (OUTER) {
-#pragma unroll
-            for (int j = 0; j < CHUNKS; j++) {
-                const uint32_t top[4] = {now[j][0].x, now[j][0].y, now[j][0].z, now[j][0].w};
-                const uint32_t bottom[4] = {now[j][1].x, now[j][1].y, now[j][1].z, now[j][1].w};
-#pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    uint32_t a0 = transpose(top[2 * q]), a1 = transpose(top[2 * q + 1]);
-                    uint32_t a2 = transpose(bottom[2 * q]), a3 = transpose(bottom[2 * q + 1]);
-#pragma unroll
-                    for (int n = 0; n < TILES; n++)
-                        multiply<T>(gradient[j][q][n], a0, a1, a2, a3, low[n][0], low[n][1]);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-                low[n][0] = low_next[n][0], low[n][1] = low_next[n][1];
-        }
-        if constexpr (PROJECT) {
-            __syncthreads(); /* the other buffer is read again two steps from here: one barrier a step is enough */
-            for (int i = threadIdx.x; i < TILES * FRAGMENT; i += blockDim.x) {
-                float sum = sums[buffer][0][i];
-                for (int w = 1; w < warps; w++)
-                    sum += sums[buffer][w][i];
-                sum *= p.scale;
-                int64_t r = row + i % FRAGMENT / RANKS;
-                int rank = i / FRAGMENT * RANKS + i % RANKS;
-                if (r < end && p.low_parts != NULL)
-                    p.low_parts[(blockIdx.x * p.rows + r) * (TILES * RANKS) + rank] = sum;
-                else if (r < end && rank < p.rank)
-                    ((T *)p.low_out)[r * p.rank + rank] = from_float<T>(sum);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
-            now[j][0] = next[j][0], now[j][1] = next[j][1];
+    };
+    for (; row < end; row += 2 * step) {
+        load(odd, row + step);
+        take(even, row, sums);
+        load(even, row + 2 * step);
+        take(odd, row + step, other_sums);
     }
     if constexpr (OUTER) {
+        add_groups<GRADIENT>(p, group, &state.gradient[0][0][0][0], shared);
         float *part = p.gradient_parts + blockIdx.y * p.columns * (TILES * RANKS);
 #pragma unroll
         for (int j = 0; j < CHUNKS; j++)
@@ -244,9 +300,9 @@ __global__ void __launch_bounds__(WARPS_MOST *WARP, 1) skinny_kernel(const struc
                     int64_t c = column - 8 * t + CHUNK * j + 8 * (g / 2) + 2 * (2 * q + half) + g % 2;
 #pragma unroll
                     for (int n = 0; n < TILES; n++)
-                        if (c < p.columns)
-                            *(float2 *)&part[c * (TILES * RANKS) + n * RANKS + 2 * t] =
-                                make_float2(gradient[j][q][n][2 * half], gradient[j][q][n][2 * half + 1]);
+                        if (group == 0 && c < p.columns)
+                            *(float2 *)&part[c * (TILES * RANKS) + n * RANKS + 2 * t] = make_float2(
+                                state.gradient[j][q][n][2 * half], state.gradient[j][q][n][2 * half + 1]);
                 }
     }
 }
@@ -321,16 +377,26 @@ int chunks_most(int tiles, bool outer)
     return tiles == 1 ? 4 : 3;
 }
 
-struct partition partition_of(int64_t rows, int64_t columns, int tiles, bool outer)
+/* Blocks side by side cost parts of low_out, blocks one below the other parts of the gradient. */
+struct partition partition_of(int64_t rows, int64_t columns, int tiles, bool project, bool outer)
 {
-    struct partition p;
+    struct partition p = {};
     int64_t chunks = divide_up(columns, CHUNK);
-    p.across = (int)divide_up(chunks, WARPS_MOST * chunks_most(tiles, outer));
-    int64_t of_block = divide_up(chunks, p.across);
-    p.chunks = (int)divide_up(of_block, WARPS_MOST);
-    p.warps = (int)divide_up(of_block, p.chunks);
+    int most = chunks_most(tiles, outer);
+    p.across = (int)divide_up(chunks, (project ? WARPS_MOST : WARPS_MOST / 4) * most);
+    p.across = p.across < BLOCKS ? p.across : (int)divide_up(chunks, WARPS_MOST * most);
+    int64_t of_block = divide_up(chunks, p.across), best = 0;
+    for (int n = most; n >= 1; n--) {
+        int64_t side = divide_up(of_block, n), groups = side <= WARPS_MOST ? WARPS_MOST / side : 0;
+        if (groups * of_block <= best)
+            continue;
+        best = groups * of_block; /* chunks on their way at a time */
+        p.chunks = n, p.side = (int)side, p.groups = (int)groups;
+    }
     int64_t steps = divide_up(rows, STEP), down = BLOCKS / p.across > 0 ? BLOCKS / p.across : 1;
-    p.rows = divide_up(steps, down) * STEP;
+    int64_t of_down = divide_up(steps, down);
+    p.groups = p.groups < of_down ? p.groups : (int)of_down;
+    p.rows = of_down * STEP;
     p.down = (int)divide_up(rows, p.rows);
     return p;
 }
@@ -362,7 +428,7 @@ template <typename T, int TILES>
 void launch(cudaStream_t stream, const struct partition &part, const struct parameters &p)
 {
     dim3 grid((unsigned)part.across, (unsigned)part.down);
-    int threads = part.warps * WARP;
+    int threads = part.side * part.groups * WARP;
     if (part.chunks == 1)
         launch_chunks<T, TILES, 1>(stream, grid, threads, p);
     else if (part.chunks == 2)
@@ -386,21 +452,23 @@ int64_t cuda_skinny_workspace(int64_t rows, int64_t columns, int64_t rank)
     if (columns <= 0)
         return 0;
     int tiles = tiles_of(rank);
-    struct partition p = partition_of(rows > 0 ? rows : 1, columns, tiles, true);
+    rows = rows > 0 ? rows : 1;
+    struct partition both = partition_of(rows, columns, tiles, true, true);
+    struct partition outer = partition_of(rows, columns, tiles, false, true);
     int64_t numbers = tiles * RANKS * (int64_t)sizeof(float);
-    int64_t down = BLOCKS / p.across; /* however few the rows are */
-    return round_up((down > 0 ? down : 1) * columns * numbers) +
-           (p.across > 1 ? p.across * rows * numbers : 0);
+    int64_t across = both.across < outer.across ? both.across : outer.across;
+    int64_t down = across < BLOCKS ? BLOCKS / across : 1; /* however few the rows are */
+    return round_up(down * columns * numbers) + (both.across > 1 ? both.across * rows * numbers : 0);
 }
 
 int cuda_skinny(struct kernel_device *device, const struct skinny *s)
 {
     bool outer = s->gradient != NULL, project = s->weights != NULL;
     int tiles = tiles_of(s->rank);
-    struct partition part = partition_of(s->rows, s->columns, tiles, outer);
+    struct partition part = partition_of(s->rows, s->columns, tiles, project, outer);
     struct parameters p = {};
     p.rows = s->rows, p.columns = s->columns, p.stride = s->stride, p.block_rows = part.rows;
-    p.rank = (int)s->rank;
+    p.rank = (int)s->rank, p.side = part.side, p.groups = part.groups;
     p.scale = s->scale;
     p.by_column = s->by_column;
     p.wide = s->wide;

@@ -335,6 +335,16 @@ static void test_linear_large(void **state)
          .dx = true,
          .adapter_gradients = true},
         {.rows = 65, .in = 24, .out = 40, .rank = 1024, .dx = true, .adapter_gradients = true},
+        {.rows = 600,
+         .in = 264,
+         .out = 328,
+         .rank = 8,
+         .dx = true,
+         .accumulate = true,
+         .adapter_gradients = true,
+         .gap = 8},
+        {.rows = 300, .in = 520, .out = 264, .rank = 16, .dx = true, .adapter_gradients = true, .gap = 16},
+        {.rows = 257, .in = 256, .out = 512, .rank = 24, .dx = true},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         for (int type = 0; type < 3; type++) {
