@@ -188,7 +188,7 @@ int make_u(struct kernel_device *device, const struct linear_forward_args *f, co
     int status = KERNEL_OK;
     if (l->dropout > 0.0f) {
         status = cuda_low_rank_project(device, f);
-    } else if (cuda_skinny_can(f->x, f->x_stride, l->in, l->rank, f->act)) {
+    } else if (cuda_skinny_can(device, f->x, f->x_stride, l->in, l->rank, f->act)) {
         struct skinny s = {};
         s.rows = f->rows, s.columns = l->in, s.rank = l->rank;
         s.wide = f->x, s.stride = f->x_stride, s.act = f->act;
@@ -233,7 +233,7 @@ int make_du(struct kernel_device *device, const struct linear_backward_args *b, 
 {
     const struct linear_layer *l = &b->layer;
     int64_t count = l->rank * l->in;
-    if (cuda_skinny_can(b->dy, b->dy_stride, l->out, l->rank, b->act)) {
+    if (cuda_skinny_can(device, b->dy, b->dy_stride, l->out, l->rank, b->act)) {
         struct skinny s = {};
         s.rows = b->rows, s.columns = l->out, s.rank = l->rank;
         s.wide = b->dy, s.stride = b->dy_stride, s.act = b->act;
@@ -263,7 +263,7 @@ int add_da(struct kernel_device *device, const struct linear_backward_args *b, c
     const struct linear_layer *l = &b->layer;
     if (l->dropout > 0.0f)
         return cuda_low_rank_outer(device, b, w->du);
-    if (!cuda_skinny_can(b->x, b->x_stride, l->in, l->rank, b->act))
+    if (!cuda_skinny_can(device, b->x, b->x_stride, l->in, l->rank, b->act))
         return add_gradient(device, w->du, l->rank, l->rank, b->x, b->x_stride, l->in, b->rows, 1.0f, b->da,
                             b->act, b->tf32);
     struct skinny s = {};

@@ -1,13 +1,11 @@
 /* skinny.cu: what a low-rank adapter adds to a linear layer, in one pass over the activations: u = x A^T in the forward;
  * du = s dy B and dB = s dy^T u together, then dA = du^T x, in the backward. Bound by memory: a rank of 8 is one
- * m16n8k16 of the tensor cores for 256 elements.
+ * m16n8k16 of the tensor cores for 256 elements. Hopper only, for its copy engine.
  *
- * A block has up to 16 warps, side by side over its columns and, where those are few, in several groups one below the
- * other. It goes down its rows 16 a group at a time; a warp owns CHUNKS times 32 columns, so that its part of the weights
- * and its part of the gradient stay in registers. A lane loads 8 neighbouring elements of
- * row lane / 4 and as many of the row 8 below. That they are not the elements that an instruction's fragment wants does
- * not matter to `project`, which sums over columns: the weights are loaded in the same order. `outer` sums over rows
- * and takes the same registers transposed (movmatrix). The next rows are on their way meanwhile.
+ * A block goes down its rows; the copy engine keeps a ring of tiles ahead of it full, boxes of 64 columns side by side.
+ * A warp owns BOXES of them, so that its part of the weights and its part of the gradient stay in registers. Where a
+ * matrix is narrow, several groups of warps take 16 rows each. `project` sums over columns and takes a box from shared
+ * memory as it is; `outer` sums over rows and takes it transposed.
  *
  * Sums over columns end in shared memory (over the warps) and, where a matrix is too wide for a block, in the
  * workspace; sums over rows always do. A second kernel adds those parts in order. All partitions follow from the sizes
@@ -16,70 +14,40 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/hopper.cuh"
+
 namespace
 {
 
 enum {
-    STEP = 16,    /* rows at a time */
-    CHUNK = 32,   /* columns that a warp loads at a time */
+    STEP = 16, /* rows of a warp at a time */
+    BOX = 64,  /* columns */
+    ROW_BYTES = BOX * 2,
     BLOCKS = 132, /* one for each multiprocessor of an H100 or H200; a number of its own so that sums do not
                      depend on the device */
-    WARPS_MOST = 16,
+    CONSUMERS_MOST = 12, /* warps, beside the one that asks for tiles */
+    BOXES_MOST = 3,      /* of a warp with one tile of ranks; 1 with two */
+    STAGES_MOST = 8,
+    RING_BYTES = 200 << 10,
     FRAGMENT = 128, /* numbers of a 16 by 8 result */
     RANKS = 8,      /* of a tile */
     ADD_ELEMENTS = 64,
     ADD_SLICES = 8,
 };
 
-/* ---- instructions ---- */
-
-template <typename T>
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1)
-{
-    if constexpr (sizeof(T) == 2 && std::is_same<T, __half>::value)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-/* An 8 by 8 matrix of 16-bit elements, row lane / 4 and columns 2 (lane % 4) and on in each lane, transposed. */
-__device__ __forceinline__ uint32_t transpose(uint32_t v)
-{
-    uint32_t r;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-}
-
-template <typename T> __device__ __forceinline__ uint32_t pair_of(T low, T high)
-{
-    T both[2] = {low, high};
-    uint32_t r;
-    memcpy(&r, both, sizeof(r));
-    return r;
-}
-
-/* ---- the kernel ---- */
-
 struct partition {
     int across, down; /* blocks side by side, one below the other */
-    int chunks;       /* of a warp */
+    int boxes;        /* of a warp */
     int side, groups; /* warps of a block side by side, and how many times one below the other */
-    int64_t rows;     /* of a block */
+    int stages;
+    int64_t rows; /* of a block, a multiple of groups * STEP */
 };
 
 struct parameters {
-    int64_t rows, columns, stride, block_rows;
-    int rank, side, groups;
+    int64_t rows, columns, block_rows;
+    int rank, side, groups, stages;
     float scale; /* of low_out */
     bool by_column;
-    const void *wide;
     const float *weights;
     void *low_out;
     float *low_parts; /* [across][rows][8 * TILES] in place of low_out, or NULL */
@@ -91,25 +59,56 @@ struct parameters {
     int64_t pack_count;
 };
 
-/* Sixteen rows of a warp's columns, 0 outside the matrix. */
-template <typename T, int CHUNKS>
-__device__ __forceinline__ void load_rows(const struct parameters &p, const T *at, int64_t row, int64_t end,
-                                          int64_t column, uint4 (&out)[CHUNKS][2])
+#if CUDA_HOPPER
+
+/* ---- instructions ---- */
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
-    const uint4 zero = {0, 0, 0, 0};
-#pragma unroll
-    for (int j = 0; j < CHUNKS; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            bool inside = row + 8 * half < end && column + CHUNK * j < p.columns;
-            out[j][half] = inside ? __ldg((const uint4 *)(at + 8 * half * p.stride + CHUNK * j)) : zero;
-        }
+    if constexpr (std::is_same<T, __half>::value)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* low_in as the right factor of a product that sums over rows: rows 2 (lane % 4), the next, and both 8 below, of rank
- * lane / 4. */
+/* Sixteen by sixteen elements of a box as a product's left factor, or their transpose. The box's 16-byte pieces are
+ * permuted by the last three bits of their row. */
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_fragment(uint32_t box, int lane, int piece, uint32_t (&a)[4])
+{
+    int row = TRANSPOSED ? lane % 8 + lane / 16 * 8 : lane % 16;
+    piece += TRANSPOSED ? lane / 8 % 2 : lane / 16;
+    uint32_t at = box + row * ROW_BYTES + ((piece ^ (row % 8)) * 16);
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(at));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(at));
+}
+
+template <typename T> __device__ __forceinline__ uint32_t pair_of(T low, T high)
+{
+    T both[2] = {low, high};
+    uint32_t r;
+    memcpy(&r, both, sizeof(r));
+    return r;
+}
+
+/* ---- right factors, in registers ---- */
+
+/* low_in, for a sum over rows: rows row + 2 (lane % 4), the next, and both 8 below, of rank lane / 4. */
 template <typename T, int TILES>
-__device__ __forceinline__ void load_low(const struct parameters &p, int64_t row, int64_t end, int rank,
+__device__ __forceinline__ void load_low(const struct parameters &p, int64_t row, int lane,
                                          uint32_t (&out)[TILES][2])
 {
 #pragma unroll
@@ -119,96 +118,79 @@ __device__ __forceinline__ void load_low(const struct parameters &p, int64_t row
             T v[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                int64_t r = row + 8 * half + i;
-                bool inside = r < end && rank + RANKS * n < p.rank;
-                v[i] = inside ? ((const T *)p.low_in)[r * p.rank + rank + RANKS * n] : from_float<T>(0.0f);
+                int64_t r = row + lane % 4 * 2 + 8 * half + i, rank = lane / 4 + RANKS * n;
+                bool inside = r < p.rows && rank < p.rank;
+                v[i] = inside ? ((const T *)p.low_in)[r * p.rank + rank] : from_float<T>(0.0f);
             }
             out[n][half] = pair_of(v[0], v[1]);
         }
 }
 
-/* The weights of rank lane / 4 and the columns that load_rows gives this lane. */
-template <typename T, int TILES, int CHUNKS>
-__device__ __forceinline__ void load_weights(const struct parameters &p, int rank, int64_t column,
-                                             uint32_t (&out)[TILES][CHUNKS][4])
+/* The weights of a box, for a sum over columns: sixteen by sixteen columns, likewise. */
+template <typename T, int TILES>
+__device__ __forceinline__ void load_weights(const struct parameters &p, int64_t column, int lane,
+                                             uint32_t (&out)[TILES][4][2])
 {
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
+        for (int k = 0; k < 4; k++)
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
+            for (int half = 0; half < 2; half++) {
                 T v[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    int64_t c = column + CHUNK * j + 2 * q + i, r = rank + RANKS * n;
+                    int64_t c = column + 16 * k + lane % 4 * 2 + 8 * half + i, r = lane / 4 + RANKS * n;
                     bool inside = c < p.columns && r < p.rank;
-                    float w = inside ? p.weights[p.by_column ? c * p.rank + r : r * p.columns + c] : 0.0f;
-                    v[i] = from_float<T>(w);
+                    v[i] = from_float<T>(inside ? p.weights[p.by_column ? c * p.rank + r : r * p.columns + c]
+                                                : 0.0f);
                 }
-                out[n][j][q] = pair_of(v[0], v[1]);
+                out[n][k][half] = pair_of(v[0], v[1]);
             }
 }
 
-/* What a warp has of its columns. */
-template <int TILES, int CHUNKS, bool PROJECT, bool OUTER> struct state {
-    uint32_t weights[PROJECT ? TILES : 1][PROJECT ? CHUNKS : 1][4];
-    float gradient[OUTER ? CHUNKS : 1][2][OUTER ? TILES : 1][4];
+/* ---- the kernel ---- */
+
+struct shared {
+    unsigned char *ring;
+    float *sums; /* [2][warps][TILES * FRAGMENT] */
+    uint64_t *full, *empty;
 };
 
-/* Sixteen rows of a warp's columns with the rows of low_in. */
-template <int TILES, int CHUNKS, bool OUTER> struct rows {
-    uint4 wide[CHUNKS][2];
-    uint32_t low[OUTER ? TILES : 1][2];
-};
-
-/* The sums over this warp's columns go to `to`, 16 rows of 8 ranks for each tile. */
-template <typename T, int TILES, int CHUNKS, bool PROJECT, bool OUTER>
-__device__ __forceinline__ void multiply_rows(const struct rows<TILES, CHUNKS, OUTER> &rows,
-                                              struct state<TILES, CHUNKS, PROJECT, OUTER> &state, int g,
-                                              int t, float *to)
-{
-    if constexpr (PROJECT) {
-        float sum[TILES][4] = {};
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                const uint4 &a = rows.wide[j][0], &b = rows.wide[j][1];
-                const uint32_t(&w)[4] = state.weights[n][j];
-                multiply<T>(sum[n], a.x, b.x, a.y, b.y, w[0], w[1]);
-                multiply<T>(sum[n], a.z, b.z, a.w, b.w, w[2], w[3]);
-            }
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            float *at = to + n * FRAGMENT + g * RANKS + 2 * t;
-            *(float2 *)at = make_float2(sum[n][0], sum[n][1]);
-            *(float2 *)(at + 8 * RANKS) = make_float2(sum[n][2], sum[n][3]);
+struct ring {
+    int stage;
+    uint32_t phase;
+    __device__ __forceinline__ void next(int stages)
+    {
+        if (++stage == stages) {
+            stage = 0;
+            phase ^= 1;
         }
     }
-    if constexpr (OUTER) {
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++) {
-            const uint4 &a = rows.wide[j][0], &b = rows.wide[j][1];
-            const uint32_t top[4] = {a.x, a.y, a.z, a.w}, bottom[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-            for (int q = 0; q < 2; q++) {
-                uint32_t a0 = transpose(top[2 * q]), a1 = transpose(top[2 * q + 1]);
-                uint32_t a2 = transpose(bottom[2 * q]), a3 = transpose(bottom[2 * q + 1]);
-#pragma unroll
-                for (int n = 0; n < TILES; n++)
-                    multiply<T>(state.gradient[j][q][n], a0, a1, a2, a3, rows.low[n][0], rows.low[n][1]);
-            }
-        }
+};
+
+/* One thread: asks for the tiles of this block's rows. */
+__device__ __forceinline__ void produce(const struct parameters &p, const struct shared &shared,
+                                        const CUtensorMap *map, int64_t column, int boxes, int64_t row,
+                                        int64_t end)
+{
+    int step = p.groups * STEP, bytes = step * ROW_BYTES;
+    int inside = (int)min((int64_t)boxes, divide_up(p.columns - column, BOX));
+    struct ring ring = {0, 1}; /* everything is empty at first */
+    for (; row < end; row += step, ring.next(p.stages)) {
+        barrier_wait(&shared.empty[ring.stage], ring.phase);
+        barrier_expect(&shared.full[ring.stage], inside * bytes);
+        for (int i = 0; i < inside; i++)
+            tile_load(shared.ring + (ring.stage * boxes + i) * bytes, map, (int)column + i * BOX, (int)row,
+                      &shared.full[ring.stage]);
     }
 }
 
 /* The sums of the warps that share rows, in order. */
 template <typename T, int TILES>
-__device__ __forceinline__ void write_low(const struct parameters &p, const float *sums, int64_t row,
-                                          int64_t end)
+__device__ __forceinline__ void write_low(const struct parameters &p, const float *sums, int64_t row)
 {
-    for (int i = threadIdx.x; i < p.groups * TILES * FRAGMENT; i += blockDim.x) {
+    for (int i = threadIdx.x; i < p.groups * TILES * FRAGMENT; i += p.side * p.groups * WARP) {
         int group = i / (TILES * FRAGMENT), within = i % (TILES * FRAGMENT);
         const float *from = sums + group * p.side * (TILES * FRAGMENT) + within;
         float sum = from[0];
@@ -217,94 +199,148 @@ __device__ __forceinline__ void write_low(const struct parameters &p, const floa
         sum *= p.scale;
         int64_t r = row + group * STEP + within % FRAGMENT / RANKS;
         int rank = within / FRAGMENT * RANKS + within % RANKS;
-        if (r < end && p.low_parts != NULL)
+        if (r < p.rows && p.low_parts != NULL)
             p.low_parts[(blockIdx.x * p.rows + r) * (TILES * RANKS) + rank] = sum;
-        else if (r < end && rank < p.rank)
+        else if (r < p.rows && rank < p.rank)
             ((T *)p.low_out)[r * p.rank + rank] = from_float<T>(sum);
     }
 }
 
 /* The gradients of the warps that share columns, in order, into those of the first group. */
 template <int COUNT>
-__device__ __forceinline__ void add_groups(const struct parameters &p, int group, float *gradient,
-                                           float *shared)
+__device__ __forceinline__ void add_groups(const struct parameters &p, int group, int threads,
+                                           float *gradient, float *space)
 {
-    float *mine = shared + threadIdx.x % (p.side * WARP);
-    for (int other = 1; other < p.groups; other++) {
-        __syncthreads();
-        if (group == other)
+    float *mine = space + threadIdx.x % (p.side * WARP);
+    const int stride = p.side * WARP;
+    if (group > 0)
 #pragma unroll
-            for (int i = 0; i < COUNT; i++)
-                mine[i * p.side * WARP] = gradient[i];
-        __syncthreads();
-        if (group == 0)
+        for (int i = 0; i < COUNT; i++)
+            mine[((group - 1) * COUNT + i) * stride] = gradient[i];
+    numbered_wait(1, threads);
+    for (int other = 0; group == 0 && other < p.groups - 1; other++)
 #pragma unroll
-            for (int i = 0; i < COUNT; i++)
-                gradient[i] += mine[i * p.side * WARP];
-    }
+        for (int i = 0; i < COUNT; i++)
+            gradient[i] += mine[(other * COUNT + i) * stride];
 }
 
-template <typename T, int TILES, int CHUNKS, bool PROJECT, bool OUTER>
-__global__ void __launch_bounds__(WARPS_MOST *WARP, 1) skinny_kernel(const struct parameters p)
+template <typename T, int TILES, int BOXES, bool PROJECT, bool OUTER>
+__device__ __forceinline__ void consume(const struct parameters &p, const struct shared &shared, int64_t row,
+                                        int64_t end)
 {
-    constexpr int SUMS = PROJECT ? 2 * WARPS_MOST * TILES * FRAGMENT : 0;
-    constexpr int GRADIENT = OUTER ? CHUNKS * 2 * TILES * 4 : 0, GRADIENTS = GRADIENT * WARPS_MOST / 2 * WARP;
-    __shared__ __align__(16) float shared[SUMS > GRADIENTS ? SUMS : GRADIENTS];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int group = warp / p.side, step = p.groups * STEP;
-    const int64_t column = ((int64_t)blockIdx.x * p.side + warp % p.side) * (CHUNKS * CHUNK) + 8 * t;
-    int64_t row = blockIdx.y * p.block_rows; /* of the first group */
-    const int64_t end = min(row + p.block_rows, p.rows);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, threads = p.side * p.groups * WARP;
+    const int group = warp / p.side, first_box = warp % p.side * BOXES, step = p.groups * STEP;
+    const int64_t column = ((int64_t)blockIdx.x * p.side * BOXES + first_box) * BOX;
 
-    auto load = [&](struct rows<TILES, CHUNKS, OUTER> &rows, int64_t first) {
-        int64_t r = first + group * STEP;
-        load_rows<T>(p, (const T *)p.wide + (r + g) * p.stride + column, r + g, end, column, rows.wide);
-        if constexpr (OUTER)
-            load_low<T>(p, r + 2 * t, end, g, rows.low);
-    };
-    struct rows<TILES, CHUNKS, OUTER> even, odd;
-    load(even, row);
-    for (int64_t i = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
-         i < p.pack_count; i += (int64_t)gridDim.x * gridDim.y * blockDim.x)
-        ((T *)p.pack_to)[i] = from_float<T>(p.pack_scale * p.pack[i]);
-    struct state<TILES, CHUNKS, PROJECT, OUTER> state = {
-    };
-    if constexpr (PROJECT)
-        load_weights<T>(p, g, column, state.weights);
+    uint32_t weights[PROJECT ? BOXES : 1][TILES][4][2];
+#pragma unroll
+    for (int j = 0; PROJECT && j < BOXES; j++)
+        load_weights<T, TILES>(p, column + j * BOX, lane, weights[j]);
+    uint32_t low[TILES][2] = {}, low_next[TILES][2] = {};
+    if constexpr (OUTER)
+        load_low<T, TILES>(p, row + group * STEP, lane, low);
+    float gradient[OUTER ? BOXES : 1][4][TILES][4] = {};
 
+    struct ring ring = {0, 0};
     /* A buffer of sums is written again two barriers after it was read, so one barrier a step is enough. */
-    float *sums = shared, *other_sums = shared + SUMS / 2;
-    auto take = [&](const struct rows<TILES, CHUNKS, OUTER> &rows, int64_t first, float *sums) {
-        multiply_rows<T>(rows, state, g, t, sums + warp * (TILES * FRAGMENT));
-        if constexpr (PROJECT) {
-            __syncthreads();
-            write_low<T, TILES>(p, sums, first, end);
+    for (int buffer = 0; row < end; row += step, ring.next(p.stages), buffer ^= 1) {
+        if constexpr (OUTER)
+            load_low<T, TILES>(p, row + step + group * STEP, lane, low_next);
+        barrier_wait(&shared.full[ring.stage], ring.phase);
+        uint32_t box = shared_address(shared.ring) + group * (STEP * ROW_BYTES) +
+                       (ring.stage * p.side * BOXES + first_box) * step * ROW_BYTES;
+        float sum[TILES][4] = {};
+#pragma unroll
+        for (int j = 0; j < BOXES; j++, box += step * ROW_BYTES) {
+            if (column + j * BOX >= p.columns)
+                continue;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                uint32_t a[4];
+                if constexpr (PROJECT) {
+                    load_fragment<false>(box, lane, 2 * k, a);
+#pragma unroll
+                    for (int n = 0; n < TILES; n++)
+                        multiply<T>(sum[n], a, weights[j][n][k][0], weights[j][n][k][1]);
+                }
+                if constexpr (OUTER) {
+                    load_fragment<true>(box, lane, 2 * k, a);
+#pragma unroll
+                    for (int n = 0; n < TILES; n++)
+                        multiply<T>(gradient[j][k][n], a, low[n][0], low[n][1]);
+                }
+            }
         }
-    };
-    for (; row < end; row += 2 * step) {
-        load(odd, row + step);
-        take(even, row, sums);
-        load(even, row + 2 * step);
-        take(odd, row + step, other_sums);
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(&shared.empty[ring.stage]);
+        if constexpr (PROJECT) {
+            float *sums = shared.sums + buffer * CONSUMERS_MOST * TILES * FRAGMENT;
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+                float *at = sums + (warp * TILES + n) * FRAGMENT + lane / 4 * RANKS + lane % 4 * 2;
+                *(float2 *)at = make_float2(sum[n][0], sum[n][1]);
+                *(float2 *)(at + 8 * RANKS) = make_float2(sum[n][2], sum[n][3]);
+            }
+            numbered_wait(1, threads);
+            write_low<T, TILES>(p, sums, row);
+        }
+#pragma unroll
+        for (int n = 0; OUTER && n < TILES; n++)
+            low[n][0] = low_next[n][0], low[n][1] = low_next[n][1];
     }
     if constexpr (OUTER) {
-        add_groups<GRADIENT>(p, group, &state.gradient[0][0][0][0], shared);
+        numbered_wait(1, threads); /* the ring is free for other use */
+        add_groups<BOXES * 4 * TILES * 4>(p, group, threads, &gradient[0][0][0][0], (float *)shared.ring);
         float *part = p.gradient_parts + blockIdx.y * p.columns * (TILES * RANKS);
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
+        for (int j = 0; j < BOXES; j++)
 #pragma unroll
-            for (int q = 0; q < 2; q++)
+            for (int k = 0; k < 4; k++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    /* where transpose() put the columns 8 (g / 2) + 2 (2 q + half) + g % 2 */
-                    int64_t c = column - 8 * t + CHUNK * j + 8 * (g / 2) + 2 * (2 * q + half) + g % 2;
+                    int64_t c = column + j * BOX + 16 * k + 8 * half + lane / 4;
 #pragma unroll
                     for (int n = 0; n < TILES; n++)
                         if (group == 0 && c < p.columns)
-                            *(float2 *)&part[c * (TILES * RANKS) + n * RANKS + 2 * t] = make_float2(
-                                state.gradient[j][q][n][2 * half], state.gradient[j][q][n][2 * half + 1]);
+                            *(float2 *)&part[c * (TILES * RANKS) + n * RANKS + lane % 4 * 2] =
+                                make_float2(gradient[j][k][n][2 * half], gradient[j][k][n][2 * half + 1]);
                 }
     }
+}
+
+#endif
+
+template <typename T, int TILES, int BOXES, bool PROJECT, bool OUTER>
+__global__ void __launch_bounds__((CONSUMERS_MOST + 1) * WARP, 1)
+    skinny_kernel(const __grid_constant__ CUtensorMap map, const struct parameters p)
+{
+#if CUDA_HOPPER
+    extern __shared__ unsigned char memory[];
+    const int consumers = p.side * p.groups;
+    const int64_t row = blockIdx.y * p.block_rows, end = min(row + p.block_rows, p.rows);
+    struct shared shared;
+    shared.ring = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    shared.sums = (float *)(shared.ring + p.stages * p.side * BOXES * p.groups * STEP * ROW_BYTES);
+    shared.full = (uint64_t *)(shared.sums + (PROJECT ? 2 * CONSUMERS_MOST * TILES * FRAGMENT : 0));
+    shared.empty = shared.full + STAGES_MOST;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.stages; i++) {
+            barrier_init(&shared.full[i], 1);
+            barrier_init(&shared.empty[i], consumers);
+        }
+        barrier_inits_done();
+    }
+    __syncthreads();
+    if (threadIdx.x / WARP < consumers) {
+        for (int64_t i = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * consumers * WARP + threadIdx.x;
+             i < p.pack_count; i += (int64_t)gridDim.x * gridDim.y * consumers * WARP)
+            ((T *)p.pack_to)[i] = from_float<T>(p.pack_scale * p.pack[i]);
+        consume<T, TILES, BOXES, PROJECT, OUTER>(p, shared, row, end);
+    } else if (threadIdx.x % WARP == 0) {
+        produce(p, shared, &map, (int64_t)blockIdx.x * p.side * BOXES * BOX, p.side * BOXES, row, end);
+    }
+#endif
 }
 
 /* ---- adding parts ---- */
@@ -369,35 +405,22 @@ int tiles_of(int64_t rank)
     return rank <= RANKS ? 1 : 2;
 }
 
-/* The chunks that a warp has registers for. */
-int chunks_most(int tiles, bool outer)
-{
-    if (outer)
-        return tiles == 1 ? 3 : 2;
-    return tiles == 1 ? 4 : 3;
-}
-
 /* Blocks side by side cost parts of low_out, blocks one below the other parts of the gradient. */
-struct partition partition_of(int64_t rows, int64_t columns, int tiles, bool project, bool outer)
+struct partition partition_of(int64_t rows, int64_t columns, int tiles)
 {
     struct partition p = {};
-    int64_t chunks = divide_up(columns, CHUNK);
-    int most = chunks_most(tiles, outer);
-    p.across = (int)divide_up(chunks, (project ? WARPS_MOST : WARPS_MOST / 4) * most);
-    p.across = p.across < BLOCKS ? p.across : (int)divide_up(chunks, WARPS_MOST * most);
-    int64_t of_block = divide_up(chunks, p.across), best = 0;
-    for (int n = most; n >= 1; n--) {
-        int64_t side = divide_up(of_block, n), groups = side <= WARPS_MOST ? WARPS_MOST / side : 0;
-        if (groups * of_block <= best)
-            continue;
-        best = groups * of_block; /* chunks on their way at a time */
-        p.chunks = n, p.side = (int)side, p.groups = (int)groups;
-    }
+    int64_t boxes = divide_up(columns, BOX), most = CONSUMERS_MOST * (tiles == 1 ? BOXES_MOST : 1);
+    p.across = (int)divide_up(boxes, most);
+    int64_t of_block = divide_up(boxes, p.across);
+    p.boxes = (int)divide_up(of_block, CONSUMERS_MOST);
+    p.side = (int)divide_up(of_block, p.boxes);
     int64_t steps = divide_up(rows, STEP), down = BLOCKS / p.across > 0 ? BLOCKS / p.across : 1;
-    int64_t of_down = divide_up(steps, down);
-    p.groups = p.groups < of_down ? p.groups : (int)of_down;
-    p.rows = of_down * STEP;
+    int64_t of_down = divide_up(steps, down), groups = CONSUMERS_MOST / p.side;
+    p.groups = (int)(groups < of_down ? groups : of_down);
+    p.rows = divide_up(of_down, p.groups) * p.groups * STEP;
     p.down = (int)divide_up(rows, p.rows);
+    int64_t stages = RING_BYTES / (p.side * p.boxes * p.groups * STEP * ROW_BYTES);
+    p.stages = (int)(stages < STAGES_MOST ? stages : STAGES_MOST);
     return p;
 }
 
@@ -406,45 +429,77 @@ int64_t round_up(int64_t bytes)
     return divide_up(bytes, 256) * 256;
 }
 
-int64_t gradient_bytes(const struct partition &p, int64_t columns, int tiles)
+template <typename T, int TILES, int BOXES, bool PROJECT, bool OUTER>
+int launch_kernel(struct kernel_device *device, const struct partition &part, const CUtensorMap &map,
+                  const struct parameters &p)
 {
-    return round_up(p.down * columns * tiles * RANKS * (int64_t)sizeof(float));
+    auto kernel = skinny_kernel<T, TILES, BOXES, PROJECT, OUTER>;
+    int sums = PROJECT ? 2 * CONSUMERS_MOST * TILES * FRAGMENT * (int)sizeof(float) : 0;
+    int shared = part.stages * part.side * BOXES * part.groups * STEP * ROW_BYTES + sums +
+                 2 * STAGES_MOST * (int)sizeof(uint64_t) + 1024;
+    int status =
+        cuda_check(device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    if (status != KERNEL_OK)
+        return status;
+    kernel<<<dim3((unsigned)part.across, (unsigned)part.down), (part.side * part.groups + 1) * WARP, shared,
+             device->stream>>>(map, p);
+    return cuda_launched(device);
 }
 
-template <typename T, int TILES, int CHUNKS>
-void launch_chunks(cudaStream_t stream, dim3 grid, int threads, const struct parameters &p)
+template <typename T, int TILES, int BOXES>
+int launch_boxes(struct kernel_device *device, const struct partition &part, const CUtensorMap &map,
+                 const struct parameters &p)
 {
-    if (p.weights != NULL && p.gradient_parts != NULL) {
-        if constexpr (CHUNKS <= (TILES == 1 ? 3 : 2))
-            skinny_kernel<T, TILES, CHUNKS, true, true><<<grid, threads, 0, stream>>>(p);
-    } else if (p.weights != NULL) {
-        skinny_kernel<T, TILES, CHUNKS, true, false><<<grid, threads, 0, stream>>>(p);
-    } else if constexpr (CHUNKS <= (TILES == 1 ? 3 : 2)) {
-        skinny_kernel<T, TILES, CHUNKS, false, true><<<grid, threads, 0, stream>>>(p);
-    }
+    if (p.weights != NULL && p.gradient_parts != NULL)
+        return launch_kernel<T, TILES, BOXES, true, true>(device, part, map, p);
+    if (p.weights != NULL)
+        return launch_kernel<T, TILES, BOXES, true, false>(device, part, map, p);
+    return launch_kernel<T, TILES, BOXES, false, true>(device, part, map, p);
 }
 
-template <typename T, int TILES>
-void launch(cudaStream_t stream, const struct partition &part, const struct parameters &p)
+template <typename T>
+int launch(struct kernel_device *device, int tiles, const struct partition &part, const CUtensorMap &map,
+           const struct parameters &p)
 {
-    dim3 grid((unsigned)part.across, (unsigned)part.down);
-    int threads = part.side * part.groups * WARP;
-    if (part.chunks == 1)
-        launch_chunks<T, TILES, 1>(stream, grid, threads, p);
-    else if (part.chunks == 2)
-        launch_chunks<T, TILES, 2>(stream, grid, threads, p);
-    else if (part.chunks == 3)
-        launch_chunks<T, TILES, 3>(stream, grid, threads, p);
-    else
-        launch_chunks<T, TILES, 4>(stream, grid, threads, p);
+    if (tiles == 1)
+        return part.boxes == 1   ? launch_boxes<T, 1, 1>(device, part, map, p)
+               : part.boxes == 2 ? launch_boxes<T, 1, 2>(device, part, map, p)
+                                 : launch_boxes<T, 1, 3>(device, part, map, p);
+    return launch_boxes<T, 2, 1>(device, part, map, p);
+}
+
+template <typename T>
+int add(struct kernel_device *device, int tiles, const struct partition &part, const struct parameters &p,
+        const struct skinny *s)
+{
+    struct sums gradient = {p.gradient_parts, part.down, s->gradient != NULL ? s->columns * tiles * RANKS : 0,
+                            tiles * RANKS, p.rank};
+    struct sums low = {p.low_parts, part.across, p.low_parts != NULL ? s->rows * tiles * RANKS : 0,
+                       tiles * RANKS, p.rank};
+    unsigned gradient_blocks = (unsigned)divide_up(gradient.count, ADD_ELEMENTS);
+    unsigned low_blocks = (unsigned)divide_up(low.count, ADD_ELEMENTS * ADD_SLICES);
+    if (gradient_blocks + low_blocks == 0)
+        return KERNEL_OK;
+    add_kernel<<<gradient_blocks + low_blocks, ADD_ELEMENTS * ADD_SLICES, 0, device->stream>>>(
+        gradient, gradient_blocks, s->scale, s->by_column, s->columns, s->gradient, low, (T *)s->low_out);
+    return cuda_launched(device);
+}
+
+template <typename T>
+int run(struct kernel_device *device, int tiles, const struct partition &part, const CUtensorMap &map,
+        const struct parameters &p, const struct skinny *s)
+{
+    int status = launch<T>(device, tiles, part, map, p);
+    return status == KERNEL_OK ? add<T>(device, tiles, part, p, s) : status;
 }
 
 } // namespace
 
-bool cuda_skinny_can(const void *wide, int64_t stride, int64_t columns, int64_t rank, enum kernel_type act)
+bool cuda_skinny_can(const struct kernel_device *device, const void *wide, int64_t stride, int64_t columns,
+                     int64_t rank, enum kernel_type act)
 {
-    return (act == TYPE_BF16 || act == TYPE_F16) && rank > 0 && rank <= SKINNY_RANK_MOST && columns > 0 &&
-           columns % 8 == 0 && stride % 8 == 0 && (uintptr_t)wide % 16 == 0;
+    return device->hopper && (act == TYPE_BF16 || act == TYPE_F16) && rank > 0 && rank <= SKINNY_RANK_MOST &&
+           columns > 0 && stride % 8 == 0 && (uintptr_t)wide % 16 == 0;
 }
 
 int64_t cuda_skinny_workspace(int64_t rows, int64_t columns, int64_t rank)
@@ -452,61 +507,37 @@ int64_t cuda_skinny_workspace(int64_t rows, int64_t columns, int64_t rank)
     if (columns <= 0)
         return 0;
     int tiles = tiles_of(rank);
-    rows = rows > 0 ? rows : 1;
-    struct partition both = partition_of(rows, columns, tiles, true, true);
-    struct partition outer = partition_of(rows, columns, tiles, false, true);
     int64_t numbers = tiles * RANKS * (int64_t)sizeof(float);
-    int64_t across = both.across < outer.across ? both.across : outer.across;
+    int64_t across = partition_of(rows > 0 ? rows : 1, columns, tiles).across;
     int64_t down = across < BLOCKS ? BLOCKS / across : 1; /* however few the rows are */
-    return round_up(down * columns * numbers) + (both.across > 1 ? both.across * rows * numbers : 0);
+    return round_up(down * columns * numbers) + (across > 1 ? across * rows * numbers : 0);
 }
 
 int cuda_skinny(struct kernel_device *device, const struct skinny *s)
 {
-    bool outer = s->gradient != NULL, project = s->weights != NULL;
     int tiles = tiles_of(s->rank);
-    struct partition part = partition_of(s->rows, s->columns, tiles, project, outer);
+    struct partition part = partition_of(s->rows, s->columns, tiles);
     struct parameters p = {};
-    p.rows = s->rows, p.columns = s->columns, p.stride = s->stride, p.block_rows = part.rows;
-    p.rank = (int)s->rank, p.side = part.side, p.groups = part.groups;
+    p.rows = s->rows, p.columns = s->columns, p.block_rows = part.rows;
+    p.rank = (int)s->rank, p.side = part.side, p.groups = part.groups, p.stages = part.stages;
     p.scale = s->scale;
     p.by_column = s->by_column;
-    p.wide = s->wide;
     p.weights = s->weights;
     p.low_out = s->low_out;
     p.low_in = s->low_in;
     char *workspace = (char *)s->workspace;
-    if (outer) {
+    if (s->gradient != NULL) {
         p.gradient_parts = (float *)workspace;
-        workspace += gradient_bytes(part, s->columns, tiles);
+        workspace += round_up(part.down * s->columns * tiles * RANKS * (int64_t)sizeof(float));
     }
-    if (project && part.across > 1)
+    if (s->weights != NULL && part.across > 1)
         p.low_parts = (float *)workspace;
     p.pack = s->pack, p.pack_to = s->pack_to;
     p.pack_scale = s->pack_scale, p.pack_count = s->pack_count;
-    if (s->act == TYPE_BF16)
-        tiles == 1 ? launch<__nv_bfloat16, 1>(device->stream, part, p)
-                   : launch<__nv_bfloat16, 2>(device->stream, part, p);
-    else
-        tiles == 1 ? launch<__half, 1>(device->stream, part, p) : launch<__half, 2>(device->stream, part, p);
-
-    struct sums gradient_sums = {p.gradient_parts, part.down, outer ? s->columns * tiles * RANKS : 0,
-                                 tiles * RANKS, p.rank};
-    struct sums low_sums = {p.low_parts, part.across, p.low_parts != NULL ? s->rows * tiles * RANKS : 0,
-                            tiles * RANKS, p.rank};
-    unsigned gradient_blocks = (unsigned)divide_up(gradient_sums.count, ADD_ELEMENTS);
-    unsigned low_blocks = (unsigned)divide_up(low_sums.count, ADD_ELEMENTS * ADD_SLICES);
-    if (gradient_blocks + low_blocks > 0) {
-        dim3 grid(gradient_blocks + low_blocks);
-        int threads = ADD_ELEMENTS * ADD_SLICES;
-        if (s->act == TYPE_BF16)
-            add_kernel<<<grid, threads, 0, device->stream>>>(gradient_sums, gradient_blocks, s->scale,
-                                                             s->by_column, s->columns, s->gradient, low_sums,
-                                                             (__nv_bfloat16 *)s->low_out);
-        else
-            add_kernel<<<grid, threads, 0, device->stream>>>(gradient_sums, gradient_blocks, s->scale,
-                                                             s->by_column, s->columns, s->gradient, low_sums,
-                                                             (__half *)s->low_out);
-    }
-    return cuda_launched(device);
+    CUtensorMap map;
+    int status = cuda_tile_map(&map, s->wide, s->rows, s->columns, s->stride, part.groups * STEP, s->act);
+    if (status != KERNEL_OK)
+        return status;
+    return s->act == TYPE_BF16 ? run<__nv_bfloat16>(device, tiles, part, map, p, s)
+                               : run<__half>(device, tiles, part, map, p, s);
 }

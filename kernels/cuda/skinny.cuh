@@ -29,8 +29,9 @@ struct skinny {
     int64_t pack_count;
 };
 
-/* Whether cuda_skinny can: 16-bit activations in aligned rows, a rank of at most SKINNY_RANK_MOST. */
-bool cuda_skinny_can(const void *wide, int64_t stride, int64_t columns, int64_t rank, enum kernel_type act);
+/* Whether cuda_skinny can: on Hopper, 16-bit activations in aligned rows, a rank of at most SKINNY_RANK_MOST. */
+bool cuda_skinny_can(const struct kernel_device *device, const void *wide, int64_t stride, int64_t columns,
+                     int64_t rank, enum kernel_type act);
 /* Bytes of workspace; never less for more rows. */
 int64_t cuda_skinny_workspace(int64_t rows, int64_t columns, int64_t rank);
 int cuda_skinny(struct kernel_device *device, const struct skinny *s);
