@@ -78,10 +78,9 @@ struct gemm_args {
     bool tf32; /* F32 operands may be rounded to TF32's 10 bits of mantissa; the CPU does not */
 };
 
-/* Low-rank path of one linear layer: y += scale * (dropout(x) A^T) B^T, accumulating into y, which already
- * holds x W^T. Source: Hu et al. 2021, eq. 3. Dropout keeps an element with probability 1 - p and divides by
- * 1 - p; its mask is philox_uniform(seed, offset + row * in + column) >= p, so it can be replayed in the
- * backward and after a restart. */
+/* Low-rank path of one linear layer alone, for rows with an adapter of their own among others: y += scale *
+ * (dropout(x) A^T) B^T, accumulating into y, which already holds x W^T. Source: Hu et al. 2021, eq. 3. Dropout as in
+ * linear_layer. */
 struct lora_forward_args {
     int64_t rows, in, out, rank;
     const void *x; /* [rows,in] */
@@ -91,26 +90,9 @@ struct lora_forward_args {
     float scale;
     float dropout; /* 0 = none */
     uint64_t seed, offset;
-    float *u; /* [rows,rank] out: dropout(x) A^T, kept for the backward */
+    float *u; /* [rows,rank] scratch: dropout(x) A^T */
     void *y;  /* [rows,out], accumulates */
     int64_t y_stride;
-    enum kernel_type act;
-};
-struct lora_backward_args {
-    int64_t rows, in, out, rank;
-    const void *x;
-    int64_t x_stride;
-    const float *a, *b;
-    float scale, dropout;
-    uint64_t seed, offset;
-    const float *u; /* [rows,rank] from the forward */
-    const void *dy; /* [rows,out] */
-    int64_t dy_stride;
-    void *dx; /* [rows,in], accumulates, or NULL */
-    int64_t dx_stride;
-    float *da; /* [rank,in] accumulates, or NULL and db with it */
-    float *db; /* [out,rank] accumulates */
-    float *du; /* [rows,rank] scratch */
     enum kernel_type act;
 };
 
@@ -454,7 +436,6 @@ struct kernel_ops {
 
     int (*gemm)(struct kernel_device *, const struct gemm_args *);
     int (*lora_forward)(struct kernel_device *, const struct lora_forward_args *);
-    int (*lora_backward)(struct kernel_device *, const struct lora_backward_args *);
     /* The larger of the forward's and the backward's. */
     int64_t (*linear_workspace)(int64_t rows, int64_t in, int64_t out, int64_t rank);
     int (*linear_forward)(struct kernel_device *, const struct linear_forward_args *);

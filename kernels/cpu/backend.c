@@ -40,7 +40,6 @@ const struct kernel_ops *CPU_NAME(cpu_ops)(void)
         .mark_seconds = cpu_mark_seconds,
         .gemm = CPU_NAME(cpu_gemm),
         .lora_forward = CPU_NAME(cpu_lora_forward),
-        .lora_backward = CPU_NAME(cpu_lora_backward),
         .linear_workspace = CPU_NAME(cpu_linear_workspace),
         .linear_forward = CPU_NAME(cpu_linear_forward),
         .linear_backward = CPU_NAME(cpu_linear_backward),

@@ -55,15 +55,6 @@ static inline int check_lora_forward(const struct lora_forward_args *l)
                        l->act);
 }
 
-static inline int check_lora_backward(const struct lora_backward_args *l)
-{
-    return check_valid(l->rows >= 0 && l->in >= 0 && l->out >= 0 && l->rank > 0 &&
-                           (l->da == NULL || l->x_stride >= l->in) && l->dy_stride >= l->out &&
-                           (l->dx == NULL || l->dx_stride >= l->in) && (l->da == NULL) == (l->db == NULL) &&
-                           dropout_valid(l->dropout),
-                       l->act);
-}
-
 static inline int check_embedding_forward(const struct embedding_forward_args *e)
 {
     if (e->tokens < 0 || e->vocab < 0 || e->d_model < 0 || (e->lora_a != NULL && e->rank <= 0))

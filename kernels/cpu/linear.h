@@ -5,6 +5,25 @@
 #include "kernels/cpu/check.h"
 #include "kernels/linear.h"
 
+/* The gradients of a low-rank path; dx accumulates. */
+struct lora_backward_args {
+    int64_t rows, in, out, rank;
+    const void *x;
+    int64_t x_stride;
+    const float *a, *b;
+    float scale, dropout;
+    uint64_t seed, offset;
+    const float *u; /* [rows,rank] from the forward */
+    const void *dy; /* [rows,out] */
+    int64_t dy_stride;
+    void *dx; /* [rows,in], accumulates, or NULL */
+    int64_t dx_stride;
+    float *da; /* [rank,in] accumulates, or NULL and db with it */
+    float *db; /* [out,rank] accumulates */
+    float *du; /* [rows,rank] scratch */
+    enum kernel_type act;
+};
+
 static inline int check_linear_forward(const struct linear_forward_args *f)
 {
     if (!linear_forward_valid(f))

@@ -6,7 +6,8 @@
  * row order. B is turned to [rank,out] once an op (it is small), in the shared part of the owner's scratch.
  *
  * The dropout mask is a function of (seed, counter): it is drawn again wherever it is needed and never stored. */
-#include "kernels/cpu/check.h"
+#include "kernels/cpu/linear.h"
+
 #include "kernels/cpu/device.h"
 #include "kernels/cpu/gemm_small.h"
 #include "kernels/cpu/ops.h"
@@ -265,15 +266,12 @@ static void columns_task(void *arg, int64_t index, int thread)
 
 int CPU_NAME(cpu_lora_backward)(struct kernel_device *device, const struct lora_backward_args *g)
 {
-    int status = check_lora_backward(g);
-    if (status != KERNEL_OK)
-        return status;
     struct backward f = {.args = g, .device = device, .dropout = {g->dropout, g->seed, g->offset, g->in}};
     f.shared = g->rank * g->out;
     int64_t own = BLOCK_COLUMNS * (g->rank > BLOCK_ROWS ? g->rank : BLOCK_ROWS);
     if (g->dropout > 0.0f && own < BLOCK_ROWS * g->in)
         own = BLOCK_ROWS * g->in;
-    status = cpu_scratch_reserve(device, (size_t)(f.shared + own) * sizeof(float));
+    int status = cpu_scratch_reserve(device, (size_t)(f.shared + own) * sizeof(float));
     if (status != KERNEL_OK)
         return status;
     turn_b(g->b, g->out, g->rank, cpu_scratch(device, 0));

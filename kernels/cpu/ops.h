@@ -6,6 +6,8 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/kernels.h"
 
+struct lora_backward_args; /* linear.h */
+
 int CPU_NAME(cpu_cast)(struct kernel_device *device, void *to, enum kernel_type to_type, const void *from,
                        enum kernel_type from_type, int64_t count);
 /* Between F32, BF16 and F16, on the calling thread. The arrays do not overlap. */

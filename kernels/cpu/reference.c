@@ -46,7 +46,6 @@ const struct kernel_ops *kernels_reference(void)
         .mark_seconds = cpu_mark_seconds,
         .gemm = reference_gemm,
         .lora_forward = reference_lora_forward,
-        .lora_backward = reference_lora_backward,
         .linear_workspace = reference_linear_workspace,
         .linear_forward = reference_linear_forward,
         .linear_backward = reference_linear_backward,

@@ -5,6 +5,8 @@
 
 #include "kernels/kernels.h"
 
+struct lora_backward_args; /* linear.h */
+
 int reference_cast(struct kernel_device *device, void *to, enum kernel_type to_type, const void *from,
                    enum kernel_type from_type, int64_t count);
 int reference_gemm(struct kernel_device *device, const struct gemm_args *args);

@@ -125,9 +125,6 @@ static void lora_backward_dx(const struct lora_backward_args *l)
 int reference_lora_backward(struct kernel_device *device, const struct lora_backward_args *l)
 {
     (void)device;
-    int status = check_lora_backward(l);
-    if (status != KERNEL_OK)
-        return status;
     lora_backward_du(l);
     if (l->da != NULL) {
         lora_backward_db(l);

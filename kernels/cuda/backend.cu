@@ -22,7 +22,6 @@ static struct kernel_ops make_ops(void)
     ops.mark_seconds = cuda_mark_seconds;
     ops.gemm = cuda_gemm;
     ops.lora_forward = cuda_lora_forward;
-    ops.lora_backward = cuda_lora_backward;
     ops.linear_workspace = cuda_linear_workspace;
     ops.linear_forward = cuda_linear_forward;
     ops.linear_backward = cuda_linear_backward;

@@ -298,7 +298,6 @@ void cuda_marks_free(struct kernel_device *device);
 
 int cuda_gemm(struct kernel_device *device, const struct gemm_args *a);
 int cuda_lora_forward(struct kernel_device *device, const struct lora_forward_args *a);
-int cuda_lora_backward(struct kernel_device *device, const struct lora_backward_args *a);
 int64_t cuda_linear_workspace(int64_t rows, int64_t in, int64_t out, int64_t rank);
 int cuda_linear_forward(struct kernel_device *device, const struct linear_forward_args *a);
 int cuda_linear_backward(struct kernel_device *device, const struct linear_backward_args *a);

@@ -1,12 +1,13 @@
-/* lora.cu: the low-rank path beside a linear layer, by four kernels over skinny matrices.
+/* lora.cu: a low-rank path where linear.cu and skinny.cu cannot help: under dropout, and for the rows of a mixed batch
+ * that have an adapter of their own. Three kernels over skinny matrices.
  *
- *     project   u = dropout(x) A^T          du = s dy B
+ *     project   u = dropout(x) A^T
  *     expand    y += s u B^T                dx += mask * (du A)
- *     outer     parts of dA = du^T dropout(x) and dB = s dy^T u over some rows; conv.cu's cuda_add_parts sums them
+ *     outer     parts of dA = du^T dropout(x) over some rows; conv.cu's cuda_add_parts sums them
  *
- * `wide` is the matrix of activations [rows,columns] (x, dy, y or dx), `low` the one of [rows,rank]. The weights are
- * [rank,columns] (A) or, BY_COLUMN, [columns,rank] (B). The dropout mask is a function of (seed, counter): it is drawn
- * again wherever it is needed and never stored. */
+ * `wide` is the matrix of activations [rows,columns] (x, y or dx), `low` the one of [rows,rank], of type L. The weights
+ * are [rank,columns] (A) or, BY_COLUMN, [columns,rank] (B). The dropout mask is a function of (seed, counter): it is
+ * drawn again wherever it is needed and never stored. */
 #include "kernels/cuda/low_rank.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_weights(const struct weights &w, int64_t fi
 
 /* low[row][r] = scale * sum over columns of mask * wide[row] * weight[r]. SPLIT: the warps of a block share its rows
  * and divide the columns, otherwise every warp has rows of its own. */
-template <typename T, typename L, bool BY_COLUMN, bool SPLIT>
+template <typename T, typename L, bool SPLIT>
 __global__ void __launch_bounds__(SPLIT ? SPLIT_THREADS : BLOCK_THREADS)
     project_kernel(struct wide x, struct weights w, struct dropout d, float scale, L *low)
 {
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(SPLIT ? SPLIT_THREADS : BLOCK_THREADS)
                       x.whole, v[i]);
             apply_mask(d, x.columns, row + i, c, v[i]);
         }
-        load_weights<BY_COLUMN>(w, first, c, weight);
+        load_weights<false>(w, first, c, weight);
 #pragma unroll
         for (int i = 0; i < PROJECT_ROWS; i++)
 #pragma unroll
@@ -185,9 +186,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
     }
 }
 
-/* Of rows blockIdx.x * part_rows and on: part[r][c], or BY_COLUMN part[c][r], = scale * sum of low[row][r] * mask *
- * wide[row][c]. */
-template <typename T, typename L, bool BY_COLUMN>
+/* Of rows blockIdx.x * part_rows and on: part[r][c] = scale * sum of low[row][r] * mask * wide[row][c]. */
+template <typename T, typename L>
 __global__ void __launch_bounds__(BLOCK_THREADS)
     outer_kernel(struct wide x, const L *low, int64_t rank, struct dropout d, float scale, int64_t part_rows,
                  float *parts)
@@ -228,8 +228,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
 #pragma unroll
         for (int j = 0; j < LANE_COLUMNS; j++)
             if (first + r < rank && c + j < x.columns)
-                part[BY_COLUMN ? (c + j) * rank + first + r : (first + r) * x.columns + c + j] =
-                    scale * sum[r][j];
+                part[(first + r) * x.columns + c + j] = scale * sum[r][j];
 }
 
 struct dropout dropout_of(float p, uint64_t seed, uint64_t offset)
@@ -249,18 +248,18 @@ unsigned column_blocks(int64_t columns)
     return (unsigned)divide_up(columns, BLOCK_THREADS * LANE_COLUMNS);
 }
 
-template <typename T, bool BY_COLUMN, typename L>
+template <typename T, typename L>
 void project(cudaStream_t stream, const struct wide &x, const float *weight, int64_t rank,
              const struct dropout &d, float scale, L *low)
 {
     struct weights w = {weight, x.columns, rank};
     unsigned ranks = (unsigned)divide_up(rank, RANKS);
     if (x.rows < MANY_ROWS)
-        project_kernel<T, L, BY_COLUMN, true>
+        project_kernel<T, L, true>
             <<<dim3((unsigned)divide_up(x.rows, PROJECT_ROWS), ranks), SPLIT_THREADS, 0, stream>>>(
                 x, w, d, scale, low);
     else
-        project_kernel<T, L, BY_COLUMN, false>
+        project_kernel<T, L, false>
             <<<dim3((unsigned)divide_up(x.rows, PROJECT_ROWS * (BLOCK_THREADS / WARP)), ranks), BLOCK_THREADS,
                0, stream>>>(x, w, d, scale, low);
 }
@@ -274,8 +273,8 @@ void expand(cudaStream_t stream, const struct wide &y, const float *weight, int6
     expand_kernel<T, L, BY_COLUMN><<<grid, BLOCK_THREADS, 0, stream>>>(y, w, d, scale, low);
 }
 
-/* sum += its gradient, [rank,columns] or BY_COLUMN [columns,rank]. */
-template <typename T, bool BY_COLUMN, typename L>
+/* sum += its gradient, [rank,columns]. */
+template <typename T, typename L>
 int outer(struct kernel_device *device, const struct wide &x, const L *low, int64_t rank,
           const struct dropout &d, float scale, float *sum)
 {
@@ -288,25 +287,9 @@ int outer(struct kernel_device *device, const struct wide &x, const L *low, int6
     if (status != KERNEL_OK)
         return status;
     dim3 grid((unsigned)n_parts, column_blocks(x.columns), (unsigned)divide_up(rank, RANKS));
-    outer_kernel<T, L, BY_COLUMN>
+    outer_kernel<T, L>
         <<<grid, BLOCK_THREADS, 0, device->stream>>>(x, low, rank, d, scale, part_rows, (float *)parts);
     return cuda_add_parts(device, (float *)parts, n_parts, count, count, sum);
-}
-
-template <typename T> int backward(struct kernel_device *device, const struct lora_backward_args *a)
-{
-    const struct dropout none = dropout_of(0.0f, 0, 0), d = dropout_of(a->dropout, a->seed, a->offset);
-    struct wide x = wide_of(a->x, a->x_stride, a->rows, a->in, a->act);
-    struct wide dy = wide_of(a->dy, a->dy_stride, a->rows, a->out, a->act);
-    if (a->out > 0)
-        project<T, true>(device->stream, dy, a->b, a->rank, none, a->scale, a->du);
-    int status = a->out > 0 ? outer<T, true>(device, dy, a->u, a->rank, none, a->scale, a->db) : KERNEL_OK;
-    if (status == KERNEL_OK && a->in > 0 && a->out > 0)
-        status = outer<T, false>(device, x, a->du, a->rank, d, 1.0f, a->da);
-    if (status == KERNEL_OK && a->dx != NULL && a->in > 0 && a->out > 0)
-        expand<T, false>(device->stream, wide_of(a->dx, a->dx_stride, a->rows, a->in, a->act), a->a, a->rank,
-                         d, 1.0f, a->du);
-    return status;
 }
 
 } // namespace
@@ -316,8 +299,8 @@ int cuda_low_rank_project(struct kernel_device *device, const struct linear_forw
     const struct linear_layer *l = &f->layer;
     struct wide x = wide_of(f->x, f->x_stride, f->rows, l->in, f->act);
     CUDA_WITH_TYPE(f->act, T,
-                   project<T, false>(device->stream, x, l->a, l->rank,
-                                     dropout_of(l->dropout, l->seed, l->offset), 1.0f, (T *)f->u));
+                   project<T>(device->stream, x, l->a, l->rank, dropout_of(l->dropout, l->seed, l->offset),
+                              1.0f, (T *)f->u));
     return cuda_launched(device);
 }
 
@@ -340,8 +323,8 @@ int cuda_low_rank_outer(struct kernel_device *device, const struct linear_backwa
     int status = KERNEL_OK;
     if (l->in > 0)
         CUDA_WITH_TYPE(b->act, T,
-                       status = outer<T, false>(device, x, (const T *)du, l->rank,
-                                                dropout_of(l->dropout, l->seed, l->offset), 1.0f, b->da));
+                       status = outer<T>(device, x, (const T *)du, l->rank,
+                                         dropout_of(l->dropout, l->seed, l->offset), 1.0f, b->da));
     return status;
 }
 
@@ -358,30 +341,13 @@ int cuda_lora_forward(struct kernel_device *device, const struct lora_forward_ar
     if (a->rows == 0)
         return KERNEL_OK;
     struct wide x = wide_of(a->x, a->x_stride, a->rows, a->in, a->act);
-    CUDA_WITH_TYPE(a->act, T,
-                   project<T, false>(device->stream, x, a->a, a->rank,
-                                     dropout_of(a->dropout, a->seed, a->offset), 1.0f, a->u));
+    CUDA_WITH_TYPE(
+        a->act, T,
+        project<T>(device->stream, x, a->a, a->rank, dropout_of(a->dropout, a->seed, a->offset), 1.0f, a->u));
     struct wide y = wide_of(a->y, a->y_stride, a->rows, a->out, a->act);
     if (a->out > 0)
         CUDA_WITH_TYPE(
             a->act, T,
             expand<T, true>(device->stream, y, a->b, a->rank, dropout_of(0.0f, 0, 0), a->scale, a->u));
     return cuda_launched(device);
-}
-
-int cuda_lora_backward(struct kernel_device *device, const struct lora_backward_args *a)
-{
-    int status = cuda_enter(device);
-    if (status != KERNEL_OK)
-        return status;
-    if (a->rows < 0 || a->in < 0 || a->out < 0 || a->rank <= 0 || a->x_stride < a->in ||
-        a->dy_stride < a->out || (a->dx != NULL && a->dx_stride < a->in) ||
-        !(a->dropout >= 0.0f && a->dropout < 1.0f))
-        return KERNEL_INVALID;
-    if (!cuda_is_float(a->act))
-        return KERNEL_UNSUPPORTED;
-    if (a->rows == 0)
-        return KERNEL_OK;
-    CUDA_WITH_TYPE(a->act, T, status = backward<T>(device, a));
-    return status == KERNEL_OK ? cuda_launched(device) : status;
 }

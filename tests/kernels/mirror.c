@@ -181,7 +181,6 @@ static int finish(int status)
     }
 
 MIRROR(lora_forward, A(x), R(a), R(b), R(u), A(y))
-MIRROR(lora_backward, A(x), R(a), R(b), R(u), A(dy), A(dx), R(da), R(db), R(du))
 MIRROR(linear_forward, A(x), R(layer.weight), R(layer.bias), R(layer.a), R(layer.b), A(u), A(y), R(workspace))
 MIRROR(linear_backward, A(x), A(dy), A(u), A(dx), R(layer.weight), R(layer.a), R(layer.b), R(dweight),
        R(dbias), R(da), R(db), R(workspace))
@@ -288,7 +287,6 @@ const struct kernel_ops *mirror_ops(void)
     ops.cast = mirror_cast;
     ops.gemm = mirror_gemm;
     ops.lora_forward = mirror_lora_forward;
-    ops.lora_backward = mirror_lora_backward;
     ops.linear_forward = mirror_linear_forward;
     ops.linear_backward = mirror_linear_backward;
     ops.embedding_forward = mirror_embedding_forward;

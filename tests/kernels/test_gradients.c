@@ -192,65 +192,6 @@ static void gemm_gradients(const struct kernel_ops *ops)
     check_gradients(&p, 0.05f, 1e-4);
 }
 
-/* ---- low-rank path, with dropout */
-
-static double lora_loss(struct problem *p)
-{
-    const struct lora_forward_args *l = p->args;
-    memset(p->y, 0, (size_t)(l->rows * l->out) * sizeof(float));
-    assert_int_equal(p->session.ops->lora_forward(p->session.device, l), KERNEL_OK);
-    return weighted_sum(p);
-}
-
-static void lora_gradients(const struct kernel_ops *ops)
-{
-    enum { ROWS = 11, IN = 19, OUT = 18, RANK = 4 };
-    struct problem p;
-    problem_open(&p, ops, ROWS, OUT);
-    float *x = free_floats(&p, "x", ROWS * IN, -1, 1);
-    float *a = free_floats(&p, "a", RANK * IN, -1, 1), *b = free_floats(&p, "b", OUT * RANK, -1, 1);
-    struct lora_forward_args f = {.rows = ROWS,
-                                  .in = IN,
-                                  .out = OUT,
-                                  .rank = RANK,
-                                  .x = x,
-                                  .x_stride = IN,
-                                  .a = a,
-                                  .b = b,
-                                  .scale = 0.5f,
-                                  .dropout = 0.3f,
-                                  .seed = 7,
-                                  .offset = 1000,
-                                  .u = output_floats(&p.session, "u", ROWS * RANK, 0),
-                                  .y = p.y,
-                                  .y_stride = OUT};
-    p.args = &f;
-    p.loss = lora_loss;
-    (void)lora_loss(&p);
-    struct lora_backward_args g = {.rows = ROWS,
-                                   .in = IN,
-                                   .out = OUT,
-                                   .rank = RANK,
-                                   .x = x,
-                                   .x_stride = IN,
-                                   .a = a,
-                                   .b = b,
-                                   .scale = 0.5f,
-                                   .dropout = 0.3f,
-                                   .seed = 7,
-                                   .offset = 1000,
-                                   .u = f.u,
-                                   .dy = p.weights,
-                                   .dy_stride = OUT,
-                                   .dx = add_param(&p, "lora x", x, ROWS, IN, IN),
-                                   .dx_stride = IN,
-                                   .da = add_param(&p, "lora a", a, RANK, IN, IN),
-                                   .db = add_param(&p, "lora b", b, OUT, RANK, RANK),
-                                   .du = scratch_bytes(&p.session, "du", ROWS * RANK * 4)};
-    assert_int_equal(ops->lora_backward(p.session.device, &g), KERNEL_OK);
-    check_gradients(&p, 0.05f, 1e-4);
-}
-
 /* ---- linear layer with everything */
 
 static double linear_loss(struct problem *p)
@@ -617,9 +558,9 @@ static void every_backend(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        GRADIENT_TEST(gemm_gradients),      GRADIENT_TEST(lora_gradients),    GRADIENT_TEST(linear_gradients),
-        GRADIENT_TEST(embedding_gradients), GRADIENT_TEST(rmsnorm_gradients), GRADIENT_TEST(conv_gradients),
-        GRADIENT_TEST(scan_gradients),      GRADIENT_TEST(head_gradients),
+        GRADIENT_TEST(gemm_gradients),    GRADIENT_TEST(linear_gradients), GRADIENT_TEST(embedding_gradients),
+        GRADIENT_TEST(rmsnorm_gradients), GRADIENT_TEST(conv_gradients),   GRADIENT_TEST(scan_gradients),
+        GRADIENT_TEST(head_gradients),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -133,13 +133,6 @@ static struct cost cost_lora_forward(const struct lora_forward_args *a)
                    precision_of(a->act, false), "lora_forward %" PRId64 " > %" PRId64, a->in, a->out);
 }
 
-static struct cost cost_lora_backward(const struct lora_backward_args *a)
-{
-    double rows = (double)a->rows, in = (double)a->in, out = (double)a->out, rank = (double)a->rank;
-    return cost_of(4 * rows * rank * (in + out), rows * (3 * in + out) * size_of(a->act),
-                   precision_of(a->act, false), "lora_backward %" PRId64 " > %" PRId64, a->in, a->out);
-}
-
 static struct cost cost_linear_forward(const struct linear_forward_args *a)
 {
     const struct linear_layer *l = &a->layer;
@@ -297,7 +290,6 @@ static struct cost cost_sample(const struct sample_args *a)
     }
 WRAP(gemm)
 WRAP(lora_forward)
-WRAP(lora_backward)
 WRAP(linear_forward)
 WRAP(linear_backward)
 WRAP(embedding_forward)
@@ -362,7 +354,6 @@ static const struct kernel_ops *wrap(const struct kernel_ops *ops)
     wrapper->cast = wrap_cast;
     wrapper->gemm = wrap_gemm;
     wrapper->lora_forward = wrap_lora_forward;
-    wrapper->lora_backward = wrap_lora_backward;
     wrapper->linear_forward = wrap_linear_forward;
     wrapper->linear_backward = wrap_linear_backward;
     wrapper->embedding_forward = wrap_embedding_forward;
