@@ -1,6 +1,7 @@
-/* conv.cu: causal depthwise convolution with SiLU. A thread takes a few neighbouring channels through a run of
- * tokens, with the last inputs in registers; a run may cross from one sequence into the next, where those are set
- * again. A width without a kernel of its own reads every tap from memory (WIDTH 0). */
+/* conv.cu: causal depthwise convolution with SiLU. A thread takes a few neighbouring channels through a run of tokens,
+ * with the last inputs in registers and a BATCH of loads under way at a time; a run may cross from one sequence into the
+ * next, where those are set again. A width without a kernel of its own, or rows that cannot be read some channels at a
+ * time, are left to kernels that read every tap from memory. */
 #include "kernels/cuda/vector.cuh"
 
 namespace
@@ -9,84 +10,115 @@ namespace
 enum {
     LANE_CHANNELS = 4,
     BLOCK_THREADS = 128,
-    RUN = 16,          /* tokens of a thread, forward */
-    RUN_BACKWARD = 32, /* each costs width - 1 more tokens */
+    RUN = 32, /* tokens of a thread; each run reads width - 1 more, and the backward twice that */
+    BATCH = 8,
     WIDTH_MOST = 64,
 };
+
+/* A thread's channels of a row as they are in memory. */
+template <typename T> struct alignas(LANE_CHANNELS * sizeof(T)) lane_row {
+    T v[LANE_CHANNELS];
+};
+
+template <typename T> __device__ __forceinline__ struct lane_row<T> load_row(const T *p) {
+    return *reinterpret_cast<const struct lane_row<T> *>(p);
+}
 
 /* Inputs of a thread's channels at position t, which may lie before the sequence's first token. */
 template <typename T>
 __device__ __forceinline__ void input_at(const T *x, int64_t stride, int64_t t, int64_t start,
                                          const float *state, int64_t channels, int64_t width, int64_t c,
-                                         bool whole, float (&out)[LANE_CHANNELS])
+                                         float (&out)[LANE_CHANNELS])
 {
-    if (t >= start) {
-        load_some(x + t * stride + c, channels - c, whole, out);
-        return;
-    }
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; i++)
-        out[i] = state != NULL && c + i < channels ? state[(width - 1 + t - start) * channels + c + i] : 0.0f;
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+        if (t >= start)
+            out[i] = to_float(x[t * stride + c + i]);
+        else
+            out[i] = state != NULL ? state[(width - 1 + t - start) * channels + c + i] : 0.0f;
+    }
 }
 
 template <int WIDTH> struct taps {
     float weight[WIDTH][LANE_CHANNELS], bias[LANE_CHANNELS];
 
-    __device__ __forceinline__ taps(const float *w, const float *b, int64_t channels, int64_t c)
+    __device__ __forceinline__ taps(const float *w, const float *b, int64_t c)
     {
 #pragma unroll
         for (int i = 0; i < LANE_CHANNELS; i++) {
-            bool inside = c + i < channels;
-            bias[i] = inside && b != NULL ? b[c + i] : 0.0f;
+            bias[i] = b != NULL ? b[c + i] : 0.0f;
 #pragma unroll
             for (int k = 0; k < WIDTH; k++)
-                weight[k][i] = inside ? w[(c + i) * WIDTH + k] : 0.0f;
+                weight[k][i] = w[(c + i) * WIDTH + k];
         }
+    }
+    __device__ __forceinline__ float apply(const float (&window)[WIDTH][LANE_CHANNELS], int i) const
+    {
+        float sum = bias[i];
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++)
+            sum = fmaf(weight[k][i], window[k][i], sum);
+        return sum;
     }
 };
 
+/* Moves the rows of a window up by one. */
+template <int WIDTH> __device__ __forceinline__ void move_up(float (&window)[WIDTH][LANE_CHANNELS])
+{
+#pragma unroll
+    for (int k = 1; k < WIDTH; k++)
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; i++)
+            window[k - 1][i] = window[k][i];
+}
+
+/* One token forward: its input into the window, its output stored. */
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(BLOCK_THREADS) forward_kernel(struct conv_forward_args a, bool whole)
+__device__ __forceinline__ void step_forward(const taps<WIDTH> &w, const struct lane_row<T> &x,
+                                             float (&window)[WIDTH][LANE_CHANNELS], T *to)
+{
+    struct lane_row<T> y;
+    move_up(window);
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+        window[WIDTH - 1][i] = to_float(x.v[i]);
+        y.v[i] = from_float<T>(silu(w.apply(window, i)));
+    }
+    *reinterpret_cast<struct lane_row<T> *>(to) = y;
+}
+
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(BLOCK_THREADS) forward_kernel(struct conv_forward_args a)
 {
     int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
     int64_t t = (int64_t)blockIdx.x * RUN, last = min(t + RUN, a.tokens);
     if (c >= a.channels)
         return;
-    const T *x = (const T *)a.x;
-    const taps<WIDTH> w(a.weight, a.bias, a.channels, c);
-    float window[WIDTH][LANE_CHANNELS];
+    const taps<WIDTH> w(a.weight, a.bias, c);
+    float window[WIDTH][LANE_CHANNELS]; /* inputs t-WIDTH+1 .. t */
     int32_t s = part_of(a.seq_starts, a.n_seqs, t);
-    int64_t start = a.seq_starts[s], end = a.seq_starts[s + 1];
-    bool fresh = true;
-    for (; t < last; t++) {
-        while (t >= end) {
-            start = end;
-            end = a.seq_starts[++s + 1];
-            fresh = true;
-        }
-        if (fresh) {
-            const float *state = state_of(a.initial, s);
-#pragma unroll
-            for (int k = 1; k < WIDTH; k++)
-                input_at(x, a.x_stride, t - WIDTH + k, start, state, a.channels, WIDTH, c, whole, window[k]);
-            fresh = false;
-        }
-        float y[LANE_CHANNELS];
+    while (t < last) {
+        while (t >= a.seq_starts[s + 1])
+            s++;
+        int64_t start = a.seq_starts[s], end = min((int64_t)a.seq_starts[s + 1], last);
+        const float *state = state_of(a.initial, s);
 #pragma unroll
         for (int k = 1; k < WIDTH; k++)
+            input_at((const T *)a.x, a.x_stride, t - WIDTH + k, start, state, a.channels, WIDTH, c,
+                     window[k]);
+        const T *x = (const T *)a.x + t * a.x_stride + c;
+        T *y = (T *)a.y + t * a.y_stride + c;
+        for (; t + BATCH <= end; t += BATCH) {
+            struct lane_row<T> rows[BATCH];
 #pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++)
-                window[k - 1][i] = window[k][i];
-        load_some(x + t * a.x_stride + c, a.channels - c, whole, window[WIDTH - 1]);
+            for (int j = 0; j < BATCH; j++, x += a.x_stride)
+                rows[j] = load_row(x);
 #pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; i++) {
-            float sum = w.bias[i];
-#pragma unroll
-            for (int k = 0; k < WIDTH; k++)
-                sum = fmaf(w.weight[k][i], window[k][i], sum);
-            y[i] = silu(sum);
+            for (int j = 0; j < BATCH; j++, y += a.y_stride)
+                step_forward(w, rows[j], window, y);
         }
-        store_some((T *)a.y + t * a.y_stride + c, a.channels - c, whole, y);
+        for (; t < end; t++, x += a.x_stride, y += a.y_stride)
+            step_forward(w, load_row(x), window, y);
     }
 }
 
@@ -157,98 +189,119 @@ template <typename T> __global__ void step_kernel(struct conv_forward_args a)
 
 /* ---- backward ---- */
 
-/* Tokens t0 .. t0+RUN_BACKWARD-1 of the inputs' gradient, and those outputs' part in the gradients of weight and bias.
- * The walk goes on for width - 1 tokens, whose outputs read the run's last inputs. parts: [runs][width + 1][channels],
- * or NULL. */
-template <typename T, int WIDTH>
-__global__ void __launch_bounds__(BLOCK_THREADS)
-    backward_kernel(struct conv_backward_args a, float *parts, bool whole)
+/* What a thread carries through its run. */
+template <int WIDTH> struct carried {
+    float window[WIDTH][LANE_CHANNELS]; /* inputs t-WIDTH+1 .. t */
+    float slope[WIDTH][LANE_CHANNELS];  /* gradients of the pre-activations t-WIDTH+1 .. t */
+    float sums[WIDTH + 1][LANE_CHANNELS];
+};
+
+/* One output's gradient into `slope`. */
+template <typename T, int WIDTH, bool SUMS>
+__device__ __forceinline__ void step_backward(const taps<WIDTH> &w, const struct lane_row<T> &x,
+                                              const struct lane_row<T> &dy, bool own,
+                                              struct carried<WIDTH> *k)
 {
-    int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
-    int64_t first = (int64_t)blockIdx.x * RUN_BACKWARD, last = min(first + RUN_BACKWARD, a.tokens);
-    if (c >= a.channels)
-        return;
-    const T *x = (const T *)a.x, *dy = (const T *)a.dy;
-    const taps<WIDTH> w(a.weight, a.bias, a.channels, c);
-    float window[WIDTH][LANE_CHANNELS];     /* inputs t-WIDTH+1 .. t */
-    float slope[WIDTH][LANE_CHANNELS] = {}; /* gradients of the pre-activations t-WIDTH+1 .. t */
-    float sums[WIDTH + 1][LANE_CHANNELS] = {};
-    int32_t s = part_of(a.seq_starts, a.n_seqs, first);
-    int64_t start = a.seq_starts[s], end = a.seq_starts[s + 1];
-    bool fresh = true;
-    for (int64_t t = first; t < last + WIDTH - 1; t++) {
-        /* Past the end of the last sequence, zeros move through. A new sequence cannot be entered before the one that
-         * ends has given its last inputs their gradients: its outputs do not reach them. */
-        bool inside = t < a.tokens;
-        while (inside && t >= end) {
-            start = end;
-            end = a.seq_starts[++s + 1];
-            fresh = true;
+    move_up(k->window);
+    move_up(k->slope);
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+        k->window[WIDTH - 1][i] = to_float(x.v[i]);
+        float slope = to_float(dy.v[i]) * silu_slope(w.apply(k->window, i));
+        k->slope[WIDTH - 1][i] = slope;
+        if (SUMS && own) {
+#pragma unroll
+            for (int m = 0; m < WIDTH; m++)
+                k->sums[m][i] = fmaf(slope, k->window[m][i], k->sums[m][i]);
+            k->sums[WIDTH][i] += slope;
         }
-        if (fresh) {
+    }
+}
+
+/* The gradient of the input WIDTH - 1 tokens back: the output m tokens after it read it through tap WIDTH-1-m. */
+template <typename T, int WIDTH>
+__device__ __forceinline__ void store_gradient(const taps<WIDTH> &w, const struct carried<WIDTH> &k, T *to)
+{
+    struct lane_row<T> dx;
 #pragma unroll
-            for (int k = 1; k < WIDTH; k++)
-                input_at(x, a.x_stride, t - WIDTH + k, start, NULL, a.channels, WIDTH, c, whole, window[k]);
-            fresh = false;
-        }
-        float grad[LANE_CHANNELS] = {};
-#pragma unroll
-        for (int k = 1; k < WIDTH; k++)
-#pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++) {
-                window[k - 1][i] = window[k][i];
-                slope[k - 1][i] = slope[k][i];
-            }
-        if (inside) {
-            load_some(x + t * a.x_stride + c, a.channels - c, whole, window[WIDTH - 1]);
-            load_some(dy + t * a.dy_stride + c, a.channels - c, whole, grad);
-        }
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; i++) {
-            float sum = w.bias[i];
-#pragma unroll
-            for (int k = 0; k < WIDTH; k++)
-                sum = fmaf(w.weight[k][i], window[k][i], sum);
-            slope[WIDTH - 1][i] = grad[i] * silu_slope(sum);
-        }
-        if (t < last) {
-#pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++) {
-#pragma unroll
-                for (int k = 0; k < WIDTH; k++)
-                    sums[k][i] = fmaf(slope[WIDTH - 1][i], window[k][i], sums[k][i]);
-                sums[WIDTH][i] += slope[WIDTH - 1][i];
-            }
-        }
-        /* Output j = t-WIDTH+1+m read the input t-WIDTH+1 through tap WIDTH-1-m, if both are of one sequence. */
-        int64_t input = t - WIDTH + 1;
-        if (input < first)
-            continue;
-        int64_t input_end = end;
-        if (input < start) {
-            int32_t owner = part_of(a.seq_starts, a.n_seqs, input);
-            input_end = a.seq_starts[owner + 1];
-        }
-        float dx[LANE_CHANNELS] = {};
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+        float sum = 0.0f;
 #pragma unroll
         for (int m = 0; m < WIDTH; m++)
+            sum = fmaf(w.weight[WIDTH - 1 - m][i], k.slope[m][i], sum);
+        dx.v[i] = from_float<T>(sum);
+    }
+    *reinterpret_cast<struct lane_row<T> *>(to) = dx;
+}
+
+/* Tokens first .. first+RUN-1 of the inputs' gradient, and those outputs' part in the gradients of weight and bias. At
+ * the run's end the walk goes on for the width - 1 tokens whose outputs read the run's last inputs, or with zeros where
+ * the sequence ends. parts: [runs][width + 1][channels], if SUMS. */
+template <typename T, int WIDTH, bool SUMS>
+__global__ void __launch_bounds__(BLOCK_THREADS) backward_kernel(struct conv_backward_args a, float *parts)
+{
+    int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
+    int64_t first = (int64_t)blockIdx.x * RUN, last = min(first + RUN, a.tokens), t = first;
+    if (c >= a.channels)
+        return;
+    const taps<WIDTH> w(a.weight, a.bias, c);
+    struct carried<WIDTH> k = {
+    };
+    int32_t s = part_of(a.seq_starts, a.n_seqs, t);
+    while (t < last) {
+        while (t >= a.seq_starts[s + 1])
+            s++;
+        int64_t start = a.seq_starts[s], seq_end = a.seq_starts[s + 1], begin = max(start, first) + WIDTH - 1;
+        int64_t end = min(seq_end, last + WIDTH - 1), own_end = min(seq_end, last);
+#pragma unroll
+        for (int j = 1; j < WIDTH; j++)
+            input_at((const T *)a.x, a.x_stride, t - WIDTH + j, start, NULL, a.channels, WIDTH, c,
+                     k.window[j]);
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++)
 #pragma unroll
             for (int i = 0; i < LANE_CHANNELS; i++)
-                if (input + m < input_end)
-                    dx[i] = fmaf(w.weight[WIDTH - 1 - m][i], slope[m][i], dx[i]);
-        store_some((T *)a.dx + input * a.dx_stride + c, a.channels - c, whole, dx);
+                k.slope[j][i] = 0.0f;
+        const T *x = (const T *)a.x + t * a.x_stride + c, *dy = (const T *)a.dy + t * a.dy_stride + c;
+        T *dx = (T *)a.dx + (t - WIDTH + 1) * a.dx_stride + c;
+        for (; t + BATCH <= end; t += BATCH) {
+            struct lane_row<T> inputs[BATCH], grads[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++, x += a.x_stride, dy += a.dy_stride) {
+                inputs[j] = load_row(x);
+                grads[j] = load_row(dy);
+            }
+#pragma unroll
+            for (int j = 0; j < BATCH; j++, dx += a.dx_stride) {
+                step_backward<T, WIDTH, SUMS>(w, inputs[j], grads[j], t + j < own_end, &k);
+                if (t + j >= begin)
+                    store_gradient(w, k, dx);
+            }
+        }
+        for (; t < end; t++, x += a.x_stride, dy += a.dy_stride, dx += a.dx_stride) {
+            step_backward<T, WIDTH, SUMS>(w, load_row(x), load_row(dy), t < own_end, &k);
+            if (t >= begin)
+                store_gradient(w, k, dx);
+        }
+        for (int64_t rest = end; rest < own_end + WIDTH - 1; rest++, dx += a.dx_stride) {
+            move_up(k.slope);
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; i++)
+                k.slope[WIDTH - 1][i] = 0.0f;
+            if (rest >= begin)
+                store_gradient(w, k, dx);
+        }
     }
-    if (parts == NULL)
+    if (!SUMS)
         return;
     float *part = parts + (int64_t)blockIdx.x * (WIDTH + 1) * a.channels;
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; i++)
-        if (c + i < a.channels) {
+    for (int i = 0; i < LANE_CHANNELS; i++) {
 #pragma unroll
-            for (int k = 0; k < WIDTH; k++)
-                part[(c + i) * WIDTH + k] = sums[k][i];
-            part[WIDTH * a.channels + c + i] = sums[WIDTH][i];
-        }
+        for (int j = 0; j < WIDTH; j++)
+            part[(c + i) * WIDTH + j] = k.sums[j][i];
+        part[WIDTH * a.channels + c + i] = k.sums[WIDTH][i];
+    }
 }
 
 /* Gradient of the pre-activation of one channel at t, any width. */
@@ -269,10 +322,10 @@ __device__ float slope_any(const struct conv_backward_args &a, int64_t t, int64_
 template <typename T> __global__ void backward_any_kernel(struct conv_backward_args a, float *parts)
 {
     int64_t c = (int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x;
-    int64_t first = (int64_t)blockIdx.x * RUN_BACKWARD, last = min(first + RUN_BACKWARD, a.tokens);
+    int64_t first = (int64_t)blockIdx.x * RUN, last = min(first + RUN, a.tokens);
     if (c >= a.channels)
         return;
-    float slope[RUN_BACKWARD + WIDTH_MOST];
+    float slope[RUN + WIDTH_MOST];
     int32_t s = part_of(a.seq_starts, a.n_seqs, first);
     int64_t end = min(last + a.width - 1, a.tokens);
     for (int64_t t = first; t < end; t++) {
@@ -310,8 +363,8 @@ template <typename T> __global__ void backward_any_kernel(struct conv_backward_a
     }
 }
 
-/* out[i] += the sum over p of parts[p * stride + i]. Eight threads an element take every eighth part each. */
-enum { PART_LANES = 8 };
+/* out[i] += the sum over p of parts[p * stride + i]. PART_LANES threads an element share them. */
+enum { PART_LANES = 32 };
 __global__ void add_parts_kernel(const float *parts, int64_t n_parts, int64_t stride, int64_t count,
                                  float *out)
 {
@@ -319,6 +372,7 @@ __global__ void add_parts_kernel(const float *parts, int64_t n_parts, int64_t st
     int64_t i = (int64_t)blockIdx.x * WARP + threadIdx.x;
     float sum = 0.0f;
     if (i < count)
+#pragma unroll 4
         for (int64_t p = threadIdx.y; p < n_parts; p += PART_LANES)
             sum += parts[p * stride + i];
     sums[threadIdx.y][threadIdx.x] = sum;
@@ -342,34 +396,43 @@ bool all_singles(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)
 
 template <typename T> void forward_launch(cudaStream_t stream, const struct conv_forward_args &a, bool whole)
 {
-    unsigned runs = (unsigned)divide_up(a.tokens, RUN);
-    dim3 grid(runs, (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
-    if (a.width == 2)
-        forward_kernel<T, 2><<<grid, BLOCK_THREADS, 0, stream>>>(a, whole);
-    else if (a.width == 3)
-        forward_kernel<T, 3><<<grid, BLOCK_THREADS, 0, stream>>>(a, whole);
-    else if (a.width == 4)
-        forward_kernel<T, 4><<<grid, BLOCK_THREADS, 0, stream>>>(a, whole);
+    dim3 grid((unsigned)divide_up(a.tokens, RUN),
+              (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
+    if (whole && a.width == 2)
+        forward_kernel<T, 2><<<grid, BLOCK_THREADS, 0, stream>>>(a);
+    else if (whole && a.width == 3)
+        forward_kernel<T, 3><<<grid, BLOCK_THREADS, 0, stream>>>(a);
+    else if (whole && a.width == 4)
+        forward_kernel<T, 4><<<grid, BLOCK_THREADS, 0, stream>>>(a);
     else
         forward_any_kernel<T><<<dim3((unsigned)a.tokens, (unsigned)divide_up(a.channels, BLOCK_THREADS)),
                                 BLOCK_THREADS, 0, stream>>>(a);
 }
 
+template <typename T, int WIDTH>
+void backward_launch_width(cudaStream_t stream, const struct conv_backward_args &a, float *parts)
+{
+    dim3 grid((unsigned)divide_up(a.tokens, RUN),
+              (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
+    if (parts != NULL)
+        backward_kernel<T, WIDTH, true><<<grid, BLOCK_THREADS, 0, stream>>>(a, parts);
+    else
+        backward_kernel<T, WIDTH, false><<<grid, BLOCK_THREADS, 0, stream>>>(a, NULL);
+}
+
 template <typename T>
 void backward_launch(cudaStream_t stream, const struct conv_backward_args &a, float *parts, bool whole)
 {
-    unsigned runs = (unsigned)divide_up(a.tokens, RUN_BACKWARD);
-    dim3 grid(runs, (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
-    if (a.width == 2)
-        backward_kernel<T, 2><<<grid, BLOCK_THREADS, 0, stream>>>(a, parts, whole);
-    else if (a.width == 3)
-        backward_kernel<T, 3><<<grid, BLOCK_THREADS, 0, stream>>>(a, parts, whole);
-    else if (a.width == 4)
-        backward_kernel<T, 4><<<grid, BLOCK_THREADS, 0, stream>>>(a, parts, whole);
+    if (whole && a.width == 2)
+        backward_launch_width<T, 2>(stream, a, parts);
+    else if (whole && a.width == 3)
+        backward_launch_width<T, 3>(stream, a, parts);
+    else if (whole && a.width == 4)
+        backward_launch_width<T, 4>(stream, a, parts);
     else
         backward_any_kernel<T>
-            <<<dim3(runs, (unsigned)divide_up(a.channels, BLOCK_THREADS)), BLOCK_THREADS, 0, stream>>>(a,
-                                                                                                       parts);
+            <<<dim3((unsigned)divide_up(a.tokens, RUN), (unsigned)divide_up(a.channels, BLOCK_THREADS)),
+               BLOCK_THREADS, 0, stream>>>(a, parts);
 }
 
 } // namespace
@@ -397,7 +460,8 @@ int cuda_conv_forward(struct kernel_device *device, const struct conv_forward_ar
     if (a.n_seqs == 0 || a.channels == 0)
         return KERNEL_OK;
     bool singles = all_singles(a.seq_starts, a.n_seqs, a.tokens);
-    bool whole = rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.y, a.y_stride, a.act);
+    bool whole = a.channels % LANE_CHANNELS == 0 && rows_aligned(a.x, a.x_stride, a.act) &&
+                 rows_aligned(a.y, a.y_stride, a.act);
     status = cuda_stage_array(device, a.seq_starts, a.n_seqs + 1, &a.seq_starts);
     if (status == KERNEL_OK)
         status = stage_slots(device, a.n_seqs, &a.initial);
@@ -430,9 +494,9 @@ int cuda_conv_backward(struct kernel_device *device, const struct conv_backward_
         return KERNEL_UNSUPPORTED;
     if (a.tokens == 0 || a.channels == 0)
         return KERNEL_OK;
-    bool whole = rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.dy, a.dy_stride, a.act) &&
-                 rows_aligned(a.dx, a.dx_stride, a.act);
-    int64_t runs = divide_up(a.tokens, RUN_BACKWARD), run_floats = (a.width + 1) * a.channels;
+    bool whole = a.channels % LANE_CHANNELS == 0 && rows_aligned(a.x, a.x_stride, a.act) &&
+                 rows_aligned(a.dy, a.dy_stride, a.act) && rows_aligned(a.dx, a.dx_stride, a.act);
+    int64_t runs = divide_up(a.tokens, RUN), run_floats = (a.width + 1) * a.channels;
     void *parts = NULL;
     if (a.dweight != NULL || a.dbias != NULL)
         status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(runs * run_floats) * sizeof(float), &parts);
