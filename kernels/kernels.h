@@ -277,8 +277,9 @@ struct scan_forward_args {
     int64_t y_stride;
     enum kernel_type act;
 };
-/* Initial states zero. Recomputes h from chunk_states; nothing of size T x channels x d_state is ever stored.
- */
+/* Initial states zero. Recomputes h from chunk_states; nothing of size T x channels x d_state is ever stored. With BF16
+ * activations the terms of db and dc may be rounded to 11 bits before they are summed in fp32, as a product of matrices
+ * does it. */
 struct scan_backward_args {
     int64_t tokens, channels, d_state;
     int32_t n_seqs;

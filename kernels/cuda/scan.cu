@@ -1,137 +1,182 @@
-/* scan.cu: the selective scan, forward. Its shape is told in scan.cuh. */
+/* scan.cu: the selective scan, forward. Its shape is told in scan.cuh.
+ *
+ * What is computed once per token and channel (softplus, the gate) is the work of one lane of the channel: of QUAD
+ * tokens at a time, each lane takes its part, and hands delta and delta x to the others through shuffles. The sums over
+ * the states come back the same way, each to the lane whose token it is. Only B and C go through shared memory. */
 #include "kernels/cuda/scan.cuh"
 
 namespace
 {
 
-enum { TILE = 16, STEP_THREADS = 128 };
+enum { TILE = 16, QUAD = 4, STEP_THREADS = 128, WARPS_WANTED = 2000 };
 
-/* One token of a row's LANE_CHANNELS channels, under way. */
-template <typename T> struct row_loads {
-    struct four<T> x, dt, z;
+/* A lane's tokens of a quad, under way. */
+template <typename T, int OWN> struct own_tokens {
+    T x[OWN], dt[OWN], z[OWN];
 };
 
-template <typename T, bool LOCAL>
-__device__ __forceinline__ struct row_loads<T> load_row(const struct scan_forward_args &a, int64_t t,
-                                                        int64_t c, bool whole, bool inside) {
-    struct row_loads<T> r;
-    r.x = load_four<T>(a.x, a.x_stride, t, c, a.channels, whole, inside);
-    r.dt = load_four<T>(a.dt, a.dt_stride, t, c, a.channels, whole, inside);
-    if (!LOCAL)
-        r.z = load_four<T>(a.z, a.z_stride, t, c, a.channels, whole, inside);
-    return r;
+/* Where a lane's next token to load is, and the next to store. */
+template <typename T> struct cursor {
+    const T *x, *dt, *z;
+    T *y;
+
+    __device__ __forceinline__ cursor(const struct scan_forward_args &a, int64_t t, int64_t c)
+        : x((const T *)a.x + t * a.x_stride + c), dt((const T *)a.dt + t * a.dt_stride + c),
+          z((const T *)a.z + t * a.z_stride + c), y((T *)a.y + t * a.y_stride + c)
+    {
+    }
+};
+
+/* left: tokens from the lane's next on. */
+template <typename T, int OWN, bool LOCAL>
+__device__ __forceinline__ void load_own(const struct scan_forward_args &a, int left, struct cursor<T> *at,
+                                         struct own_tokens<T, OWN> *own)
+{
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        bool inside = i < left;
+        int64_t rows = i == OWN - 1 ? QUAD - OWN + 1 : 1;
+        own->x[i] = inside ? *at->x : from_float<T>(0.0f);
+        own->dt[i] = inside ? *at->dt : from_float<T>(0.0f);
+        if (!LOCAL)
+            own->z[i] = inside ? *at->z : from_float<T>(0.0f);
+        at->x += rows * a.x_stride;
+        at->dt += rows * a.dt_stride;
+        at->z += rows * a.z_stride;
+    }
 }
+
+/* A thread's part of the tiles' B and C: four neighbouring values of every ROWS-th token. WHOLE: d_state is STATES, and
+ * rows are aligned. */
+template <typename T, typename SHAPE, bool WHOLE> struct tile_part {
+    enum {
+        FOURS = 2 * SHAPE::STATES / 4, /* of a token */
+        ROWS = SHAPE::THREADS / FOURS,
+        COUNT = TILE / ROWS,
+    };
+    static_assert(SHAPE::THREADS % FOURS == 0 && TILE % ROWS == 0, "whole rows");
+    const T *next;
+    int64_t stride;
+    int n; /* states from the thread's first on */
+    struct several<T, 4> v[COUNT];
+
+    __device__ __forceinline__ tile_part(const struct scan_forward_args &a, int64_t t)
+    {
+        int at = threadIdx.x % FOURS * 4, is_c = at >= SHAPE::STATES;
+        at -= is_c * SHAPE::STATES;
+        stride = is_c ? a.c_stride : a.b_stride;
+        next = (const T *)(is_c ? a.c : a.b) + (t + threadIdx.x / FOURS) * stride + at;
+        n = (int)a.d_state - at;
+    }
+    /* left: tokens from the tile's first on. */
+    __device__ __forceinline__ void load(int left)
+    {
+        left -= threadIdx.x / FOURS;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++, next += ROWS * stride)
+            v[i] = load_several<4, WHOLE>(next, i * ROWS < left ? n : 0);
+    }
+    __device__ __forceinline__ void store(float (&tile)[TILE][2 * SHAPE::STATES]) const
+    {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            *reinterpret_cast<float4 *>(&tile[i * ROWS + threadIdx.x / FOURS][threadIdx.x % FOURS * 4]) =
+                make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    }
+};
 
 /* LOCAL: from zero, only the span's last state and the sum of its delta. states, deltas: see scan_carry_kernel; NULL
  * unless split. */
-template <typename T, typename SHAPE, bool LOCAL>
-__global__ void __launch_bounds__(SCAN_THREADS)
-    scan_kernel(struct scan_forward_args a, struct scan_spans spans, float *states, float *deltas, bool whole)
+template <typename T, typename SHAPE, bool WHOLE, bool LOCAL>
+__global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
+    scan_kernel(struct scan_forward_args a, struct scan_spans spans, float *states, float *deltas)
 {
-    constexpr int CHANNELS = SHAPE::CHANNELS, STATES = SHAPE::STATES, LANES = SHAPE::LANES;
-    __shared__ __align__(16) float delta[TILE][CHANNELS], input[TILE][CHANNELS], out[TILE][CHANNELS];
-    __shared__ __align__(16) float b[TILE][STATES], c[TILE][STATES];
+    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES, OWN = QUAD / LANES;
+    __shared__ __align__(16) float tiles[2][TILE][2 * SHAPE::STATES];
 
     struct scan_span span = scan_span_at(spans, (int32_t)blockIdx.x);
-    int64_t block_c = (int64_t)blockIdx.y * CHANNELS;
-
-    /* As one of those that load and store. */
-    int row = threadIdx.x / SHAPE::GROUPS, group_c = threadIdx.x % SHAPE::GROUPS * LANE_CHANNELS;
-    int64_t load_c = block_c + group_c;
-    float bias[LANE_CHANNELS], skip[LANE_CHANNELS];
-    load_channels(a.dt_bias, load_c, a.channels, bias);
-    load_channels(a.d, load_c, a.channels, skip);
-
-    /* As one of those that scan. */
-    int lane = threadIdx.x % LANES, scan_channel = threadIdx.x / LANES, n0 = lane * LANE_STATES;
-    int64_t scan_c = block_c + scan_channel, state_size = a.d_state * a.channels;
-    float rate[LANE_STATES], h[LANE_STATES], delta_sum = 0.0f;
+    int warp_lane = threadIdx.x % WARP, lane = warp_lane / SHAPE::LANE_STEP, n0 = lane * S;
+    int64_t c = (int64_t)blockIdx.y * SHAPE::CHANNELS + threadIdx.x / WARP * SHAPE::WARP_CHANNELS +
+                warp_lane % SHAPE::LANE_STEP;
+    bool active = c < a.channels;
+    int64_t state_size = a.d_state * a.channels;
     const float *from = LOCAL         ? NULL
                         : spans.split ? states + span.index * state_size
                                       : state_of(a.initial, span.seq);
+    float rate[S], h[S], delta_sum = 0.0f;
+    float bias = active ? a.dt_bias[c] : 0.0f, skip = active ? a.d[c] : 0.0f;
+    load_states(a.a, n0, a.d_state, c, a.channels, rate);
+    load_states(from, n0, a.d_state, c, a.channels, h);
 #pragma unroll
-    for (int i = 0; i < LANE_STATES; i++) {
-        int64_t at = (n0 + i) * a.channels + scan_c;
-        bool inside = scan_c < a.channels && n0 + i < a.d_state;
-        rate[i] = inside ? a.a[at] * LOG2_E : 0.0f;
-        h[i] = inside && from != NULL ? from[at] : 0.0f;
-    }
+    for (int i = 0; i < S; i++)
+        rate[i] *= LOG2_E;
 
-    struct row_loads<T> next =
-        load_row<T, LOCAL>(a, span.begin + row, load_c, whole, row < TILE && span.begin + row < span.end);
-    for (int64_t t0 = span.begin; t0 < span.end; t0 += TILE) {
-        struct row_loads<T> now = next;
-        bool inside = row < TILE && t0 + row < span.end;
-        if (!LOCAL && a.chunk_states != NULL && (t0 - span.begin) % SCAN_CHUNK == 0) {
-            float *chunk = a.chunk_states + (span.chunk + (t0 - span.begin) / SCAN_CHUNK) * state_size;
+    /* A thread without a channel has no tokens, but takes part in what a block does together. */
+    int length = (int)(span.end - span.begin), own_length = active ? length - lane * OWN : 0;
+    struct cursor<T> at(a, span.begin + lane * OWN, c);
+    struct own_tokens<T, OWN> next;
+    load_own<T, OWN, LOCAL>(a, own_length, &at, &next);
+    struct tile_part<T, SHAPE, WHOLE> part(a, span.begin);
+    part.load(length);
+    part.store(tiles[0]);
+    __syncthreads();
+    int buffer = 0;
+    for (int t0 = 0; t0 < length; t0 += TILE, buffer = 1 - buffer) {
+        if (!LOCAL && a.chunk_states != NULL && t0 % SCAN_CHUNK == 0)
+            store_states(a.chunk_states + (span.chunk + t0 / SCAN_CHUNK) * state_size, n0, a.d_state, c,
+                         a.channels, h);
+        part.load(length - t0 - TILE);
+#pragma unroll 1
+        for (int q = 0; q < TILE; q += QUAD) {
+            const struct own_tokens<T, OWN> now = next;
+            int left = own_length - t0 - q;
+            load_own<T, OWN, LOCAL>(a, left - QUAD, &at, &next);
+            /* Tokens past the end have delta 0: they leave the state as it is. */
+            float delta[OWN], sums[QUAD];
 #pragma unroll
-            for (int i = 0; i < LANE_STATES; i++)
-                if (scan_c < a.channels && n0 + i < a.d_state)
-                    chunk[(n0 + i) * a.channels + scan_c] = h[i];
-        }
-        /* Tokens past the end have delta 0: they leave the state as it is. */
-        if (row < TILE) {
+            for (int i = 0; i < OWN; i++)
+                delta[i] = (i < left ? 1.0f : 0.0f) * softplus(to_float(now.dt[i]) + bias);
 #pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++) {
-                float d = inside ? softplus(now.dt[i] + bias[i]) : 0.0f;
-                delta[row][group_c + i] = d;
-                input[row][group_c + i] = d * now.x[i];
+            for (int j = 0; j < QUAD; j++) {
+                const float *row = tiles[buffer][q + j];
+                float b[S], cs[S], d = delta[j % OWN], u = d * to_float(now.x[j % OWN]), sum[2] = {};
+                load_shared(row + n0, b);
+                if (!LOCAL)
+                    load_shared(row + SHAPE::STATES + n0, cs);
+                if (LANES > 1) {
+                    int source = j / OWN * SHAPE::LANE_STEP + warp_lane % SHAPE::LANE_STEP;
+                    d = __shfl_sync(0xffffffffu, d, source);
+                    u = __shfl_sync(0xffffffffu, u, source);
+                }
+#pragma unroll
+                for (int i = 0; i < S; i++) {
+                    h[i] = fmaf(exp2_fast(d * rate[i]), h[i], u * b[i]);
+                    if (!LOCAL)
+                        sum[i % 2] = fmaf(cs[i], h[i], sum[i % 2]); /* two chains are half as long */
+                }
+                sums[j] = sum[0] + sum[1];
+                delta_sum += d;
             }
-        }
-        for (int i = threadIdx.x; i < TILE * STATES; i += SCAN_THREADS) {
-            int64_t t = t0 + i / STATES, n = i % STATES;
-            bool there = t < span.end && n < a.d_state;
-            b[i / STATES][n] = there ? to_float(((const T *)a.b)[t * a.b_stride + n]) : 0.0f;
-            if (!LOCAL)
-                c[i / STATES][n] = there ? to_float(((const T *)a.c)[t * a.c_stride + n]) : 0.0f;
-        }
-        __syncthreads();
-        int64_t next_t = t0 + TILE + row;
-        next = load_row<T, LOCAL>(a, next_t, load_c, whole, row < TILE && next_t < span.end);
-
+            if constexpr (!LOCAL) {
+                reduce_scatter<QUAD, LANES, SHAPE::LANE_STEP>(sums, warp_lane);
 #pragma unroll
-        for (int t = 0; t < TILE; t += 4) {
-            float sums[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                float d = delta[t + k][scan_channel], u = input[t + k][scan_channel];
-                const float4 bs = *reinterpret_cast<const float4 *>(&b[t + k][n0]);
-                const float bn[LANE_STATES] = {bs.x, bs.y, bs.z, bs.w};
-#pragma unroll
-                for (int i = 0; i < LANE_STATES; i++)
-                    h[i] = fmaf(exp2_fast(d * rate[i]), h[i], u * bn[i]);
-                if (LOCAL) {
-                    delta_sum += d;
-                } else {
-                    const float4 cs = *reinterpret_cast<const float4 *>(&c[t + k][n0]);
-                    sums[k] = fmaf(cs.x, h[0], fmaf(cs.y, h[1], fmaf(cs.z, h[2], cs.w * h[3])));
+                for (int i = 0; i < OWN; i++) {
+                    float y = fmaf(skip, to_float(now.x[i]), sums[i]) * silu(to_float(now.z[i]));
+                    if (i < left)
+                        *at.y = from_float<T>(y);
+                    at.y += (i == OWN - 1 ? QUAD - OWN + 1 : 1) * a.y_stride;
                 }
             }
-            if (!LOCAL) {
-                reduce_scatter<4, LANES, 1>(sums, lane);
-                if (lane % (LANES / 4) == 0)
-                    out[t + lane / (LANES / 4)][scan_channel] = sums[0];
-            }
         }
+        part.store(tiles[1 - buffer]);
         __syncthreads();
-        if (!LOCAL && inside) {
-            float y[LANE_CHANNELS];
-#pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++)
-                y[i] = fmaf(skip[i], now.x[i], out[row][group_c + i]) * silu(now.z[i]);
-            store_some((T *)a.y + (t0 + row) * a.y_stride + load_c, a.channels - load_c, whole, y);
-        }
     }
 
     float *to = LOCAL ? states + span.index * state_size : span.last ? state_of(a.final, span.seq) : NULL;
-    if (to == NULL || scan_c >= a.channels)
-        return;
-    if (LOCAL && lane == 0)
-        deltas[span.index * a.channels + scan_c] = delta_sum;
-#pragma unroll
-    for (int i = 0; i < LANE_STATES; i++)
-        if (n0 + i < a.d_state)
-            to[(n0 + i) * a.channels + scan_c] = h[i];
+    if (to != NULL)
+        store_states(to, n0, a.d_state, c, a.channels, h);
+    if (LOCAL && lane == 0 && active)
+        deltas[span.index * a.channels + c] = delta_sum;
 }
 
 /* One token a sequence: a thread a channel, each state read and written once. */
@@ -184,18 +229,36 @@ bool all_singles(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)
     return true;
 }
 
-template <typename T, typename SHAPE>
+template <typename T, typename SHAPE, bool WHOLE>
 void launch(cudaStream_t stream, const struct scan_forward_args &a, const struct scan_spans &spans,
-            float *states, float *deltas, bool whole)
+            float *states, float *deltas)
 {
     dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
     if (spans.split) {
-        scan_kernel<T, SHAPE, true><<<grid, SCAN_THREADS, 0, stream>>>(a, spans, states, deltas, whole);
+        scan_kernel<T, SHAPE, WHOLE, true><<<grid, SHAPE::THREADS, 0, stream>>>(a, spans, states, deltas);
         dim3 carries((unsigned)a.n_seqs, (unsigned)a.d_state, (unsigned)divide_up(a.channels, STEP_THREADS));
         scan_carry_kernel<false><<<carries, STEP_THREADS, 0, stream>>>(spans, a.a, a.channels, a.d_state,
                                                                        a.initial, deltas, states);
     }
-    scan_kernel<T, SHAPE, false><<<grid, SCAN_THREADS, 0, stream>>>(a, spans, states, deltas, whole);
+    scan_kernel<T, SHAPE, WHOLE, false><<<grid, SHAPE::THREADS, 0, stream>>>(a, spans, states, deltas);
+}
+
+/* As few lanes a channel as leave warps enough. */
+template <typename T>
+void launch_shaped(cudaStream_t stream, const struct scan_forward_args &a, const struct scan_spans &spans,
+                   float *states, float *deltas, bool whole)
+{
+    const int64_t wanted = (int64_t)WARPS_WANTED * WARP;
+    if (a.d_state > 16)
+        launch<T, scan_shape<16, 4, 128, 4>, false>(stream, a, spans, states, deltas);
+    else if (!whole)
+        launch<T, scan_shape<4, 4, 128, 4>, false>(stream, a, spans, states, deltas);
+    else if (spans.pairs >= wanted)
+        launch<T, scan_shape<16, 1, 128, 4>, true>(stream, a, spans, states, deltas);
+    else if (2 * spans.pairs >= wanted)
+        launch<T, scan_shape<8, 2, 128, 5>, true>(stream, a, spans, states, deltas);
+    else
+        launch<T, scan_shape<4, 4, 128, 8>, true>(stream, a, spans, states, deltas);
 }
 
 } // namespace
@@ -208,7 +271,7 @@ int cuda_scan_prepare(struct kernel_device *device, const struct scan_prepare_ar
     if (p->channels < 0 || p->d_state < 0)
         return KERNEL_INVALID;
     if (p->channels * p->d_state > 0)
-        prepare_kernel<<<cuda_grid(device, p->channels * p->d_state, SCAN_THREADS), SCAN_THREADS, 0,
+        prepare_kernel<<<cuda_grid(device, p->channels * p->d_state, STEP_THREADS), STEP_THREADS, 0,
                          device->stream>>>(*p);
     return cuda_launched(device);
 }
@@ -238,10 +301,10 @@ int cuda_scan_forward(struct kernel_device *device, const struct scan_forward_ar
         CUDA_WITH_TYPE(a.act, T, step_kernel<T><<<grid, STEP_THREADS, 0, device->stream>>>(a));
         return cuda_launched(device);
     }
-    bool whole = rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.dt, a.dt_stride, a.act) &&
-                 rows_aligned(a.z, a.z_stride, a.act) && rows_aligned(a.y, a.y_stride, a.act);
+    bool whole =
+        a.d_state == 16 && rows_aligned(a.b, a.b_stride, a.act) && rows_aligned(a.c, a.c_stride, a.act);
     struct scan_spans spans;
-    status = scan_spans_make(device, a.seq_starts, a.n_seqs, d, a.d_state, &spans);
+    status = scan_spans_make(device, a.seq_starts, a.n_seqs, d, &spans);
     void *scratch = NULL;
     if (status == KERNEL_OK && spans.split)
         status = cuda_scratch(device, CUDA_SCRATCH_OP,
@@ -249,8 +312,6 @@ int cuda_scan_forward(struct kernel_device *device, const struct scan_forward_ar
     if (status != KERNEL_OK)
         return status;
     float *states = (float *)scratch, *deltas = states + spans.n_spans * a.d_state * d;
-    CUDA_WITH_TYPE(
-        a.act, T,
-        SCAN_WITH_SHAPE(a.d_state, SHAPE, launch<T, SHAPE>(device->stream, a, spans, states, deltas, whole)));
+    CUDA_WITH_TYPE(a.act, T, launch_shaped<T>(device->stream, a, spans, states, deltas, whole));
     return cuda_launched(device);
 }

@@ -1,11 +1,11 @@
 /* scan.cuh: how the two directions of the selective scan divide their work.
  *
- * A block takes CHANNELS neighbouring channels through a span of one sequence's tokens. LANES neighbouring threads
- * share a channel, each with LANE_STATES of its states in registers; sums over the states go across those lanes.
- * Loading and storing use the same threads another way: each takes LANE_CHANNELS neighbouring channels of a row, so
- * that everything that is computed once per token and channel (softplus, gates) is computed once.
+ * A warp takes neighbouring channels through a span of one sequence's tokens, one token after the other, with the
+ * states in registers. A channel's d_state states lie with one thread, or with a few lanes that share them: the fewer
+ * lanes, the less is done twice, the more, the more warps there are (scan_shape). Lanes of one channel are far apart
+ * and neighbouring lanes have neighbouring channels: they read the same B and C, and adjacent words of everything else.
  *
- * A span is a whole sequence where there are channels and sequences enough to fill the device. Where they are not,
+ * A span is a whole sequence where there are channels and sequences enough to fill a device. Where they are not,
  * sequences are cut into spans, and a scan is three passes: each span from a state of zero, with the sum of its delta;
  * the states at the spans' starts, by h_next = exp(A sum(delta)) h + local; each span from its own state. The backward
  * does the same with gradients, from the end. How spans are cut depends on the sizes alone, never on the device. */
@@ -17,44 +17,25 @@
 #include "kernels/cuda/vector.cuh"
 
 enum {
-    SCAN_THREADS = 256,
-    LANE_STATES = 4,
-    LANE_CHANNELS = 4,
     SCAN_STATES_MOST = 64,
     SPLIT_BELOW =
-        132, /* blocks that go on at the same time: fewer than the multiprocessors of a large device */
-    SPLIT_BLOCKS = 1056, /* wanted then */
+        16384, /* channels of all sequences that go on at the same time: too few to fill a large device */
+    SPLIT_PAIRS = 98304, /* wanted then: channels times spans */
 };
 
-constexpr float LOG2_E = 1.44269504088896341f;
-
-template <int L> struct scan_shape {
+/* S states of a channel in a thread, L lanes a channel, in blocks of T threads, B of them on a multiprocessor. */
+template <int S, int L, int T, int B> struct scan_shape {
     enum {
+        LANE_STATES = S,
         LANES = L,
-        STATES = L * LANE_STATES,
-        CHANNELS = SCAN_THREADS / L,
-        GROUPS = CHANNELS / LANE_CHANNELS, /* threads that load a row */
-        PASS_ROWS = SCAN_THREADS / GROUPS, /* rows that all threads load */
-        WARP_CHANNELS = WARP / L,
+        THREADS = T,
+        BLOCKS = B,
+        STATES = S * L,
+        LANE_STEP = WARP / L, /* between the lanes of a channel */
+        WARP_CHANNELS = LANE_STEP,
+        CHANNELS = T / WARP * WARP_CHANNELS, /* of a block */
     };
 };
-
-/* Runs the statement with SHAPE naming the shape for d_state. */
-#define SCAN_WITH_SHAPE(d_state, SHAPE, ...)                                                                 \
-    do {                                                                                                     \
-        if ((d_state) <= 16) {                                                                               \
-            using SHAPE = scan_shape<4>;                                                                     \
-            __VA_ARGS__;                                                                                     \
-        } else {                                                                                             \
-            using SHAPE = scan_shape<16>;                                                                    \
-            __VA_ARGS__;                                                                                     \
-        }                                                                                                    \
-    } while (0)
-
-static inline int64_t scan_block_channels(int64_t d_state)
-{
-    return d_state <= 16 ? (int64_t)scan_shape<4>::CHANNELS : (int64_t)scan_shape<16>::CHANNELS;
-}
 
 /* Tables on the device: the first span and the first chunk of every sequence, and how many there are. Every sequence,
  * even an empty one, has a span. */
@@ -63,28 +44,27 @@ struct scan_spans {
     int32_t n_seqs, n_spans;
     int32_t length; /* tokens of a span, a multiple of SCAN_CHUNK */
     bool split;
+    int64_t pairs; /* channels times the spans that go on at the same time */
 };
 
 /* Most spans that any batch of so many tokens and sequences is cut into. */
-static inline int64_t scan_spans_most(int64_t tokens, int64_t channels, int64_t d_state, int32_t n_seqs)
+static inline int64_t scan_spans_most(int64_t tokens, int64_t channels, int32_t n_seqs)
 {
-    int64_t blocks = divide_up(channels, scan_block_channels(d_state));
-    int64_t cuts = SPLIT_BLOCKS / (blocks > 0 ? blocks : 1) + 1, chunks = tokens / SCAN_CHUNK + 1;
+    int64_t cuts = SPLIT_PAIRS / (channels > 0 ? channels : 1) + 1, chunks = tokens / SCAN_CHUNK + 1;
     return n_seqs + (cuts < chunks ? cuts : chunks);
 }
 
 /* seq_starts is in host memory, valid, and has at least one sequence. */
 static inline int scan_spans_make(struct kernel_device *device, const int32_t *seq_starts, int32_t n_seqs,
-                                  int64_t channels, int64_t d_state, struct scan_spans *ret_spans)
+                                  int64_t channels, struct scan_spans *ret_spans)
 {
-    int64_t tokens = seq_starts[n_seqs], longest = 1,
-            blocks = divide_up(channels, scan_block_channels(d_state));
+    int64_t tokens = seq_starts[n_seqs], longest = 1;
     for (int32_t s = 0; s < n_seqs; s++)
         longest = seq_starts[s + 1] - seq_starts[s] > longest ? seq_starts[s + 1] - seq_starts[s] : longest;
-    struct scan_spans spans = {NULL, NULL, NULL, n_seqs, 0, 0, false};
+    struct scan_spans spans = {NULL, NULL, NULL, n_seqs, 0, 0, false, tokens * channels / longest};
     int64_t length = divide_up(longest, SCAN_CHUNK) * SCAN_CHUNK;
-    if (tokens * blocks < SPLIT_BELOW * longest && longest > 2 * SCAN_CHUNK) {
-        int64_t cut = divide_up(divide_up(tokens * blocks, SPLIT_BLOCKS), SCAN_CHUNK) * SCAN_CHUNK;
+    if (spans.pairs < SPLIT_BELOW && longest > 2 * SCAN_CHUNK) {
+        int64_t cut = divide_up(divide_up(tokens * channels, SPLIT_PAIRS), SCAN_CHUNK) * SCAN_CHUNK;
         length = cut < length ? cut : length;
     }
     spans.length = (int32_t)length;
@@ -104,6 +84,8 @@ static inline int scan_spans_make(struct kernel_device *device, const int32_t *s
     tables[n_seqs] = seq_starts[n_seqs];
     spans.n_spans = span_starts[n_seqs];
     spans.split = spans.n_spans > n_seqs;
+    if (spans.split)
+        spans.pairs = tokens * channels / length;
     const int32_t *copy = NULL;
     int status = cuda_stage_array(device, tables, 3 * entries, &copy);
     free(tables);
@@ -136,9 +118,10 @@ static __device__ __forceinline__ struct scan_span scan_span_at(const struct sca
     return span;
 }
 
-/* Neighbouring channels of a row as they are in memory, so that a load can be under way while other work is done. */
-template <typename T> struct alignas(LANE_CHANNELS * sizeof(T)) four {
-    T v[LANE_CHANNELS];
+/* A few neighbouring elements of a row as they are in memory, so that a load can be under way while other work is
+ * done. */
+template <typename T, int N> struct alignas(N * sizeof(T)) several {
+    T v[N];
 
     __device__ __forceinline__ float operator[](int i) const
     {
@@ -146,25 +129,102 @@ template <typename T> struct alignas(LANE_CHANNELS * sizeof(T)) four {
     }
 };
 
-template <typename T>
-static __device__ __forceinline__ struct four<T> load_four(const void *rows, int64_t stride, int64_t row,
-                                                           int64_t c, int64_t channels, bool whole,
-                                                           bool inside) {
-    const T *p = (const T *)rows + row * stride + c;
-    if (inside && whole && c + LANE_CHANNELS <= channels)
-        return *reinterpret_cast<const struct four<T> *>(p);
-    struct four<T> out;
+/* The first n of N elements at p, the others zero; nothing is read when n <= 0. WHOLE: all or nothing, and aligned. */
+template <int N, bool WHOLE, typename T>
+static __device__ __forceinline__ struct several<T, N> load_several(const T *p, int n) {
+    struct several<T, N> out;
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; i++)
-        out.v[i] = inside && c + i < channels ? p[i] : from_float<T>(0.0f);
+    for (int i = 0; i < N; i++)
+        out.v[i] = from_float<T>(0.0f);
+    if (WHOLE) {
+        if (n > 0)
+            out = *reinterpret_cast<const struct several<T, N> *>(p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (i < n)
+                out.v[i] = p[i];
+    }
     return out;
 }
 
-/* Per-channel values of a thread's LANE_CHANNELS channels. */
-static __device__ __forceinline__ void
-load_channels(const float *p, int64_t c, int64_t channels, float (&out)[LANE_CHANNELS])
+/* All of it as floats; two halves of a register at a time. */
+template <int N>
+static __device__ __forceinline__ void unpack(const struct several<float, N> &in, float (&out)[N])
 {
-    load_some(p + c, channels - c, false, out);
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        out[i] = in.v[i];
+}
+template <int N>
+static __device__ __forceinline__ void unpack(const struct several<__nv_bfloat16, N> &in, float (&out)[N])
+{
+    const uint32_t *pairs = reinterpret_cast<const uint32_t *>(&in);
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        out[2 * i] = __uint_as_float(pairs[i] << 16);
+        out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+}
+template <int N>
+static __device__ __forceinline__ void unpack(const struct several<__half, N> &in, float (&out)[N])
+{
+    const __half2 *pairs = reinterpret_cast<const __half2 *>(&in);
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        float2 two = __half22float2(pairs[i]);
+        out[2 * i] = two.x;
+        out[2 * i + 1] = two.y;
+    }
+}
+
+template <int N, bool WHOLE, typename T>
+static __device__ __forceinline__ void store_several(T *p, int n, const float (&in)[N])
+{
+    struct several<T, N> out;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        out.v[i] = from_float<T>(in[i]);
+    if (WHOLE) {
+        if (n > 0)
+            *reinterpret_cast<struct several<T, N> *>(p) = out;
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (i < n)
+                p[i] = out.v[i];
+    }
+}
+
+/* A matrix's rows of a tile. The tile is the same for all threads and offsets within it have 32 bits, so that an address
+ * is one addition. */
+template <typename T> struct tile_rows {
+    char *base;
+    unsigned stride; /* bytes */
+
+    __device__ __forceinline__ tile_rows(const void *rows, int64_t row_stride, int64_t row)
+        : base((char *)rows + row * row_stride * (int64_t)sizeof(T)),
+          stride((unsigned)row_stride * (unsigned)sizeof(T))
+    {
+    }
+    __device__ __forceinline__ T *at(unsigned row, unsigned column) const
+    {
+        return (T *)(base + (row * stride + column * (unsigned)sizeof(T)));
+    }
+};
+
+/* Four neighbouring values of the matrix [token][B | C], STATES of each: the i-th four, from token t0 on. Zero from
+ * `count` tokens on. */
+template <typename T, typename SHAPE, bool WHOLE>
+static __device__ __forceinline__ struct several<T, 4>
+load_bc_four(const void *b, int64_t b_stride, const void *c, int64_t c_stride, int64_t d_state, int64_t t0,
+             int count, int i) {
+    constexpr int FOURS = 2 * SHAPE::STATES / 4;
+    int t = i / FOURS, n = i % FOURS * 4;
+    bool is_c = n >= SHAPE::STATES;
+    n = is_c ? n - SHAPE::STATES : n;
+    const T *row = is_c ? (const T *)c + (t0 + t) * c_stride : (const T *)b + (t0 + t) * b_stride;
+    return load_several<4, WHOLE>(row + n, t < count ? (int)d_state - n : 0);
 }
 
 /* Sums each of v[0..VALUES-1] over the COUNT lanes that differ in the bits STEP .. STEP*COUNT/2 of the lane's number.
@@ -188,6 +248,36 @@ static __device__ __forceinline__ void reduce_scatter(float (&v)[N], int lane)
             v[0] += __shfl_xor_sync(0xffffffffu, v[0], BIT);
             reduce_scatter<1, COUNT / 2, STEP>(v, lane);
         }
+    }
+}
+
+/* A thread's S states of channel c, states n0.. of d_state, from [d_state][channels]. NULL: zeros. */
+template <int S>
+static __device__ __forceinline__ void load_states(const float *states, int64_t n0, int64_t d_state,
+                                                   int64_t c, int64_t channels, float (&out)[S])
+{
+#pragma unroll
+    for (int i = 0; i < S; i++)
+        out[i] = states != NULL && c < channels && n0 + i < d_state ? states[(n0 + i) * channels + c] : 0.0f;
+}
+
+template <int S>
+static __device__ __forceinline__ void store_states(float *states, int64_t n0, int64_t d_state, int64_t c,
+                                                    int64_t channels, const float (&in)[S])
+{
+#pragma unroll
+    for (int i = 0; i < S; i++)
+        if (c < channels && n0 + i < d_state)
+            states[(n0 + i) * channels + c] = in[i];
+}
+
+/* S floats from shared memory, 16 bytes at a time. */
+template <int S> static __device__ __forceinline__ void load_shared(const float *p, float (&out)[S])
+{
+#pragma unroll
+    for (int i = 0; i < S; i += 4) {
+        const float4 v = *reinterpret_cast<const float4 *>(p + i);
+        out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
     }
 }
 

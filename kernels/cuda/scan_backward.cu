@@ -1,14 +1,17 @@
 /* scan_backward.cu: the selective scan, backward. Its shape is told in scan.cuh.
  *
- * A block goes through its span from the last chunk to the first. With a chunk's delta, delta x and gradient before the
- * gate in shared memory, each thread goes forward through the chunk from its stored state and leaves its states at
- * every GROUP tokens in shared memory. Then, group by group from the last, it goes forward again, now with every decay
- * and decayed state of the group in registers, and back. With g the gradient of h:
+ * A block goes through its span from the last chunk to the first. With a chunk's inputs in shared memory, each thread
+ * goes forward through the chunk from its stored state and leaves its states at every GROUP tokens in shared memory.
+ * Then, group by group from the last, it goes forward again, now with every decay and state of the group in registers,
+ * and back. With g the gradient of h:
  *   g_t = dout_t C_t + exp(delta_{t+1} A) g_{t+1}
  *   dC_t = sum_c dout h,  dB_t = sum_c g delta x,  dx = delta sum_n g B + D dout
  *   ddelta = x sum_n g B + sum_n g exp(delta A) h_{t-1} A,  dA = sum_t g exp(delta A) h_{t-1} delta
- * Sums over channels are made within the block; what every block of channels found goes to the workspace, as do each
- * span's sums over tokens, and a second launch adds those up in a fixed order. */
+ * Sums over channels begin on the tensor cores (sum_quads), go on over the block's warps through shared memory, and
+ * what every block of channels found goes to the workspace, as do each span's sums over tokens; a second launch adds
+ * those up in a fixed order. */
+#include <type_traits>
+
 #include "kernels/cuda/scan.cuh"
 
 namespace
@@ -17,219 +20,386 @@ namespace
 enum {
     GROUP = 8,
     GROUPS_OF_CHUNK = SCAN_CHUNK / GROUP,
-    WARPS = SCAN_THREADS / WARP,
-    TILE = 16,
+    ROW_CHANNELS = 4, /* of a thread that loads and stores rows */
     SUM_THREADS = 128,
 };
 
 constexpr float LN_2 = 0.693147180559945309f;
+/* What the tensor cores' cut of 13 bits takes from a product on average: half of 2^-10, over the mean of a mantissa's
+ * reciprocal. */
+constexpr float CUT_LOSS = 1.000352f;
 
-template <typename SHAPE> struct shared_memory {
-    float4 states[GROUPS_OF_CHUNK][SCAN_THREADS]; /* before every group */
-    float b[SCAN_CHUNK][SHAPE::STATES];
-    float c[SCAN_CHUNK][SHAPE::STATES];
-    float sums[2][WARPS][GROUP][2][SHAPE::STATES]; /* dB and dC of a warp's channels */
-    /* A group's rows are read before they are written over with what its tokens gave. */
-    float delta[SCAN_CHUNK][SHAPE::CHANNELS]; /* then sum of g exp(delta A) h A, over log2(e) */
-    float input[SCAN_CHUNK][SHAPE::CHANNELS]; /* then sum of C h */
-    float dout[SCAN_CHUNK][SHAPE::CHANNELS];  /* then sum of g B */
+/* The terms of db and dc are cut to what the tensor cores take where they end up in fewer bits anyway. */
+template <typename T> constexpr bool is_bf16 = std::is_same<T, __nv_bfloat16>::value;
+
+/* Of one token and channel. */
+struct alignas(16) entry {
+    float input; /* delta x; then the sum of g B */
+    float dout;  /* then the sum of g exp(delta A) h A, over log2(e) */
+    float delta;
+    float out; /* the sum of C h, once it is known */
 };
+
+template <typename SHAPE> struct alignas(16) shared_memory {
+    struct entry entries[SCAN_CHUNK][SHAPE::CHANNELS]; /* columns at place_of(channel) */
+    float4 states[GROUPS_OF_CHUNK - 2][SHAPE::LANE_STATES / 4]
+                 [SHAPE::THREADS]; /* before every group but the first and the last */
+    float bc[SCAN_CHUNK][2 * SHAPE::STATES];
+    float4 sums[2][GROUP / 2][SHAPE::THREADS]; /* a group's dB and dC, of quads of channels: see sum_quads */
+};
+
+/* Where a channel's entries are in a row: so that both neighbouring channels and every fourth one are in different
+ * banks. */
+__device__ __forceinline__ int place_of(int channel)
+{
+    return channel ^ (channel >> 3 & 3);
+}
 
 /* Where the results go that are not yet sums of everything. */
 struct parts {
-    float *tokens;   /* [channel blocks][tokens][dB | dC] */
-    float *channels; /* [spans][dA_log (channels x d_state) | dD | dbias] */
+    float *tokens;   /* [channel blocks][tokens][dB | dC], STATES of each */
+    float *channels; /* [spans][dA_log (channels x d_state) | dD | dbias], or NULL */
 };
 
-/* The sums of v over the warp's channels, for this lane's states, into `to` [STATES]. */
-template <typename SHAPE>
-__device__ __forceinline__ void sum_channels(float (&v)[LANE_STATES], int lane, int n0, float *to)
-{
-    constexpr int COUNT = SHAPE::WARP_CHANNELS;
-    reduce_scatter<LANE_STATES, COUNT, SHAPE::LANES>(v, lane);
-    int k = lane / SHAPE::LANES;
-    if constexpr (COUNT >= LANE_STATES) {
-        if (k % (COUNT / LANE_STATES) == 0)
-            to[n0 + k / (COUNT / LANE_STATES)] = v[0];
-    } else {
-#pragma unroll
-        for (int i = 0; i < LANE_STATES / COUNT; i++)
-            to[n0 + k * (LANE_STATES / COUNT) + i] = v[i];
+/* ---- a chunk in ---- */
+
+/* A thread's channels of the four inputs at a row of the chunk, under way. */
+template <typename T> struct row_loads {
+    struct several<T, ROW_CHANNELS> x, dt, z, dy;
+};
+
+/* And as numbers. */
+template <typename T> struct row_inputs {
+    float x[ROW_CHANNELS], dt[ROW_CHANNELS], z[ROW_CHANNELS], dy[ROW_CHANNELS];
+
+    __device__ __forceinline__ row_inputs(const struct row_loads<T> &in)
+    {
+        unpack(in.x, x);
+        unpack(in.dt, dt);
+        unpack(in.z, z);
+        unpack(in.dy, dy);
     }
-}
-
-/* Sums over the states of four tokens: a lane keeps one token's, of token lane / (LANES / 4). */
-template <typename SHAPE> __device__ __forceinline__ float sum_states(float (&v)[4], int lane)
-{
-    reduce_scatter<4, SHAPE::LANES, 1>(v, lane);
-    return v[0];
-}
-
-/* A thread's values of one token. */
-struct token {
-    float delta, input, dout;
-    float b[LANE_STATES], c[LANE_STATES];
 };
 
-template <typename SHAPE>
-__device__ __forceinline__ struct token token_at(const shared_memory<SHAPE> &m, int t, int channel, int n0)
-{
-    const float4 b = *reinterpret_cast<const float4 *>(&m.b[t][n0]);
-    const float4 c = *reinterpret_cast<const float4 *>(&m.c[t][n0]);
-    struct token k = {m.delta[t][channel],
-                      m.input[t][channel],
-                      m.dout[t][channel],
-                      {b.x, b.y, b.z, b.w},
-                      {c.x, c.y, c.z, c.w}};
-    return k;
-}
+/* The threads of a row, and where they load. */
+template <typename T, typename SHAPE, bool WHOLE> struct rows_of_chunk {
+    enum {
+        ROW_THREADS = SHAPE::CHANNELS / ROW_CHANNELS,
+        PASS_ROWS = SHAPE::THREADS / ROW_THREADS, /* that all threads load */
+        PASSES = SCAN_CHUNK / PASS_ROWS,
+        BATCH = PASSES < 4 ? PASSES : 4, /* passes under way at the same time */
+    };
+    const tile_rows<T> x, dt, z, dy;
+    int count, n; /* tokens of the chunk; channels from the thread's first on */
+    unsigned c;   /* the thread's first */
 
-/* A chunk's shared inputs. Tokens past its end have delta, input and dout 0, so that neither states nor gradients
- * change there. */
-template <typename T, typename SHAPE>
-__device__ __forceinline__ void load_chunk(const struct scan_backward_args &a, shared_memory<SHAPE> &m,
-                                           int64_t t0, int count, int64_t load_c, int group_c,
-                                           const float (&bias)[LANE_CHANNELS], bool whole)
-{
+    __device__ __forceinline__ rows_of_chunk(const struct scan_backward_args &a, int64_t t0, int tokens,
+                                             int64_t first_channel)
+        : x(a.x, a.x_stride, t0), dt(a.dt, a.dt_stride, t0), z(a.z, a.z_stride, t0),
+          dy(a.dy, a.dy_stride, t0), count(tokens),
+          n((int)min(a.channels - first_channel, (int64_t)ROW_CHANNELS)),
+          c((unsigned)(WHOLE ? min(first_channel, a.channels - ROW_CHANNELS) : first_channel))
+    {
+    }
+    __device__ __forceinline__ int row_of(int pass) const
+    {
+        return pass * PASS_ROWS + threadIdx.x / ROW_THREADS;
+    }
+    /* How many of the thread's channels are there in a row. */
+    __device__ __forceinline__ int there(int row) const
+    {
+        return row < count ? n : 0;
+    }
+    /* A batch from `pass` on. What is not there is 0, or, WHOLE, some input of the chunk that is. */
+    __device__ __forceinline__ void load(int pass, struct row_loads<T> (&batch)[BATCH]) const
+    {
 #pragma unroll
-    for (int row = threadIdx.x / SHAPE::GROUPS; row < SCAN_CHUNK; row += SHAPE::PASS_ROWS) {
-        bool inside = row < count;
-        struct four<T> x = load_four<T>(a.x, a.x_stride, t0 + row, load_c, a.channels, whole, inside);
-        struct four<T> dt = load_four<T>(a.dt, a.dt_stride, t0 + row, load_c, a.channels, whole, inside);
-        struct four<T> z = load_four<T>(a.z, a.z_stride, t0 + row, load_c, a.channels, whole, inside);
-        struct four<T> dy = load_four<T>(a.dy, a.dy_stride, t0 + row, load_c, a.channels, whole, inside);
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; i++) {
-            float delta = inside ? softplus(dt[i] + bias[i]) : 0.0f;
-            m.delta[row][group_c + i] = delta;
-            m.input[row][group_c + i] = delta * x[i];
-            m.dout[row][group_c + i] = dy[i] * silu(z[i]);
+        for (int i = 0; i < BATCH; i++) {
+            int row = row_of(pass + i), n_there = WHOLE ? ROW_CHANNELS : there(row);
+            if (WHOLE)
+                row = min(row, count - 1);
+            batch[i].x = load_several<ROW_CHANNELS, WHOLE>(x.at(row, c), n_there);
+            batch[i].dt = load_several<ROW_CHANNELS, WHOLE>(dt.at(row, c), n_there);
+            batch[i].z = load_several<ROW_CHANNELS, WHOLE>(z.at(row, c), n_there);
+            batch[i].dy = load_several<ROW_CHANNELS, WHOLE>(dy.at(row, c), n_there);
         }
     }
-    for (int i = threadIdx.x; i < SCAN_CHUNK * SHAPE::STATES; i += SCAN_THREADS) {
-        int t = i / SHAPE::STATES, n = i % SHAPE::STATES;
-        bool there = t < count && n < a.d_state;
-        m.b[t][n] = there ? to_float(((const T *)a.b)[(t0 + t) * a.b_stride + n]) : 0.0f;
-        m.c[t][n] = there ? to_float(((const T *)a.c)[(t0 + t) * a.c_stride + n]) : 0.0f;
+};
+
+/* Tokens past the chunk's end have delta, input and dout 0, so that neither states nor gradients change there. */
+template <typename T, typename SHAPE, bool WHOLE>
+__device__ __forceinline__ void load_chunk(const struct scan_backward_args &a, shared_memory<SHAPE> &m,
+                                           const rows_of_chunk<T, SHAPE, WHOLE> &rows, int64_t t0, int row_c,
+                                           const float (&bias)[ROW_CHANNELS])
+{
+#pragma unroll 1
+    for (int pass = 0; pass < rows.PASSES; pass += rows.BATCH) {
+        struct row_loads<T> batch[rows.BATCH];
+        rows.load(pass, batch);
+#pragma unroll
+        for (int p = 0; p < rows.BATCH; p++) {
+            int row = rows.row_of(pass + p), there = rows.there(row);
+            const struct row_inputs<T> in(batch[p]);
+#pragma unroll
+            for (int i = 0; i < ROW_CHANNELS; i++) {
+                float mask = i < there ? 1.0f : 0.0f, delta = mask * softplus(in.dt[i] + bias[i]);
+                float dout = mask * in.dy[i] * silu(in.z[i]);
+                m.entries[row][place_of(row_c + i)] = {delta * in.x[i], dout, delta, 0.0f};
+            }
+        }
+    }
+    constexpr int FOURS = 2 * SHAPE::STATES / 4;
+#pragma unroll
+    for (int i = threadIdx.x; i < SCAN_CHUNK * FOURS; i += SHAPE::THREADS) {
+        float v[4];
+        unpack(load_bc_four<T, SHAPE, WHOLE>(a.b, a.b_stride, a.c, a.c_stride, a.d_state, t0, rows.count, i),
+               v);
+        *reinterpret_cast<float4 *>(&m.bc[i / FOURS][i % FOURS * 4]) = make_float4(v[0], v[1], v[2], v[3]);
     }
 }
+
+__device__ __forceinline__ void prefetch(const void *p)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* Brings the inputs of the chunk that ends before t0, and its state, on their way to the second-level cache, where the
+ * block's channels are there in full. */
+template <typename T, typename SHAPE>
+__device__ __forceinline__ void prefetch_chunk(const struct scan_backward_args &a, const float *states,
+                                               int64_t t0, int64_t block_c)
+{
+    constexpr int LINE = 128, LINES = SHAPE::CHANNELS * sizeof(T) / LINE;
+    if constexpr (LINES > 0) {
+        constexpr int STATE_LINES = SHAPE::CHANNELS * sizeof(float) / LINE;
+        if (block_c + SHAPE::CHANNELS > a.channels)
+            return;
+        for (int i = threadIdx.x; i < SCAN_CHUNK * LINES; i += SHAPE::THREADS) {
+            int64_t t = t0 - 1 - i / LINES, c = block_c + i % LINES * (int)(LINE / sizeof(T));
+            prefetch((const T *)a.x + t * a.x_stride + c);
+            prefetch((const T *)a.dt + t * a.dt_stride + c);
+            prefetch((const T *)a.z + t * a.z_stride + c);
+            prefetch((const T *)a.dy + t * a.dy_stride + c);
+        }
+        for (int i = threadIdx.x; i < a.d_state * STATE_LINES; i += SHAPE::THREADS)
+            prefetch(states + i / STATE_LINES * a.channels + block_c +
+                     i % STATE_LINES * (int)(LINE / sizeof(float)));
+    }
+}
+
+/* ---- sums over channels ---- */
+
+/* D += A B on the tensor cores, 16 x 8 x 8, with the low 13 bits of the operands cut off. */
+__device__ __forceinline__ void multiply_add(float (&d)[4], const float (&a)[4], float b0, float b1)
+{
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+/* Adds to `sums` the S values v over the four lanes of each quad, which are four channels: A holds two times two values
+ * of each lane, and B is ones in the columns that shall have the two sums. `column` is where v's sums begin among the
+ * eight; ones[j] is 1 in the lanes that hold column j of B. Afterwards a quad's lane q has in `sums` what four
+ * consecutive values gave: of the v that went to columns 2q and 2q+1. EXACT: with what the cut took away, too. */
+template <bool EXACT, int S>
+__device__ __forceinline__ void sum_quads(const float (&v)[S], int column, const float (&ones)[8],
+                                          float (&sums)[4])
+{
+#pragma unroll
+    for (int i = 0; i < S; i += 4) {
+        const float a[4] = {v[i], v[i + 2], v[i + 1], v[i + 3]};
+        float b0 = ones[column + i / 2], b1 = ones[column + i / 2 + 1];
+        if (EXACT) {
+            float upper[4], lower[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                upper[j] = __uint_as_float(__float_as_uint(a[j]) & 0xffffe000u);
+                lower[j] = a[j] - upper[j];
+            }
+            multiply_add(sums, upper, b0, b1);
+            multiply_add(sums, lower, b0, b1);
+        } else {
+            multiply_add(sums, a, b0, b1);
+        }
+    }
+}
+
+/* Adds up a group's sums of quads over the block's channels. A float4 of m.sums holds, of token 2 * pair + (q >> 1),
+ * the states 8 * lane + 4 * (q & 1) on, for one of QUADS quads of a warp. Where there are quads enough, two threads
+ * share a sum. */
+template <typename SHAPE>
+__device__ __forceinline__ void sum_block(const shared_memory<SHAPE> &m, int64_t t0, int count,
+                                          float *token_parts)
+{
+    constexpr int WARPS = SHAPE::THREADS / WARP, QUADS = SHAPE::LANE_STEP / 4, SHARE = QUADS > 1 ? 2 : 1;
+    constexpr int COUNT = 2 * (GROUP / 2) * 4 * SHAPE::LANES * SHARE;
+    static_assert(COUNT % SHAPE::THREADS == 0, "all threads take part in every turn");
+#pragma unroll
+    for (int turn = 0; turn < COUNT; turn += SHAPE::THREADS) {
+        int i = turn + threadIdx.x, share = i % SHARE, q = i / SHARE % 4, lane = i / SHARE / 4 % SHAPE::LANES;
+        int pair = i / SHARE / 4 / SHAPE::LANES % (GROUP / 2),
+            which = i / SHARE / 4 / SHAPE::LANES / (GROUP / 2);
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) {
+#pragma unroll
+            for (int quad = 0; quad < QUADS; quad += SHARE) {
+                const float4 v = m.sums[which][pair][warp * WARP + (lane * QUADS + quad + share) * 4 + q];
+                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+            }
+        }
+        if (SHARE == 2) {
+            sum.x += __shfl_xor_sync(0xffffffffu, sum.x, 1);
+            sum.y += __shfl_xor_sync(0xffffffffu, sum.y, 1);
+            sum.z += __shfl_xor_sync(0xffffffffu, sum.z, 1);
+            sum.w += __shfl_xor_sync(0xffffffffu, sum.w, 1);
+        }
+        int t = 2 * pair + q / 2;
+        if (share == 0 && t < count)
+            *reinterpret_cast<float4 *>(
+                &token_parts[(t0 + t) * 2 * SHAPE::STATES + which * SHAPE::STATES + lane * 8 + q % 2 * 4]) =
+                sum;
+    }
+}
+
+/* ---- a group ---- */
 
 /* What a thread carries from chunk to chunk. */
-struct carried {
-    float gradient[LANE_STATES]; /* of the state before the tokens done so far */
-    float rate_sum[LANE_STATES]; /* dA */
-    float skip_sum[LANE_CHANNELS], bias_sum[LANE_CHANNELS];
+template <typename SHAPE> struct carried {
+    float gradient[SHAPE::LANE_STATES]; /* of the state before the tokens done so far */
+    float rate_sum[SHAPE::LANE_STATES]; /* dA */
+    float skip_sum[ROW_CHANNELS], bias_sum[ROW_CHANNELS];
 };
 
-/* One group of tokens, forward from the stored state and back. */
+/* GROUP tokens forward. */
 template <typename SHAPE>
-__device__ __forceinline__ void run_group(shared_memory<SHAPE> &m, int first, int buffer, int channel,
-                                          int lane, const float (&rate)[LANE_STATES], struct carried *k)
+__device__ __forceinline__ void step_group(const shared_memory<SHAPE> &m, int first, int place, int n0,
+                                           const float (&rate)[SHAPE::LANE_STATES],
+                                           float (&h)[SHAPE::LANE_STATES])
 {
-    int n0 = lane * LANE_STATES, warp = threadIdx.x / WARP, warp_lane = threadIdx.x % WARP;
-    float decay[GROUP][LANE_STATES], decayed[GROUP][LANE_STATES], sums[4], outs[GROUP / 4];
-    const float4 state = m.states[first / GROUP][threadIdx.x];
-    float h[LANE_STATES] = {state.x, state.y, state.z, state.w};
+    constexpr int S = SHAPE::LANE_STATES;
 #pragma unroll
     for (int t = 0; t < GROUP; t++) {
-        struct token v = token_at(m, first + t, channel, n0);
-        float dc[LANE_STATES], out = 0.0f;
+        float delta = m.entries[first + t][place].delta, input = m.entries[first + t][place].input, b[S];
+        load_shared(&m.bc[first + t][n0], b);
 #pragma unroll
-        for (int i = 0; i < LANE_STATES; i++) {
+        for (int i = 0; i < S; i++)
+            h[i] = fmaf(exp2_fast(delta * rate[i]), h[i], input * b[i]);
+    }
+}
+
+/* One group of tokens, forward from h, and back. RATES: dA is wanted. */
+template <typename SHAPE, bool EXACT, bool RATES>
+__device__ __forceinline__ void run_group(shared_memory<SHAPE> &m, int first, int place, int lane,
+                                          const float (&rate)[SHAPE::LANE_STATES], const float (&ones)[8],
+                                          float (&h)[SHAPE::LANE_STATES], struct carried<SHAPE> *k)
+{
+    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES;
+    static_assert(S == 8 && GROUP % LANES == 0, "a token's sums are half of sum_quads' columns");
+    int n0 = lane * S, warp_lane = threadIdx.x % WARP;
+    float decay[GROUP][S], before[GROUP][S], sums[4], outs[LANES];
+#pragma unroll
+    for (int t = 0; t < GROUP; t++) {
+        const struct entry v = m.entries[first + t][place];
+        float b[S], c[S], dc[S], out[2] = {};
+        load_shared(&m.bc[first + t][n0], b);
+        load_shared(&m.bc[first + t][SHAPE::STATES + n0], c);
+#pragma unroll
+        for (int i = 0; i < S; i++) {
             decay[t][i] = exp2_fast(v.delta * rate[i]);
-            decayed[t][i] = decay[t][i] * h[i];
-            h[i] = fmaf(v.input, v.b[i], decayed[t][i]);
-            out = fmaf(v.c[i], h[i], out);
+            before[t][i] = h[i];
+            h[i] = fmaf(decay[t][i], h[i], v.input * b[i]);
+            out[i % 2] = fmaf(c[i], h[i], out[i % 2]); /* two chains are half as long */
             dc[i] = v.dout * h[i];
         }
-        sum_channels<SHAPE>(dc, warp_lane, n0, m.sums[buffer][warp][t][1]);
-        sums[t % 4] = out;
-        if (t % 4 == 3)
-            outs[t / 4] = sum_states<SHAPE>(sums, lane);
+        if (t % 2 == 0)
+            sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+        sum_quads<EXACT>(dc, t % 2 * 4, ones, sums);
+        if (t % 2 == 1)
+            m.sums[1][t / 2][threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        outs[t % LANES] = out[0] + out[1];
+        if (t % LANES == LANES - 1) {
+            reduce_scatter<LANES, LANES, SHAPE::LANE_STEP>(outs, warp_lane);
+            m.entries[first + t - (LANES - 1) + lane][place].out = outs[0];
+        }
     }
-    float through_sums[4], input_sums[4], throughs[GROUP / 4], inputs[GROUP / 4];
+    float inputs[LANES], throughs[LANES];
 #pragma unroll
     for (int t = GROUP - 1; t >= 0; t--) {
-        struct token v = token_at(m, first + t, channel, n0);
-        float db[LANE_STATES], through_sum = 0.0f, input_sum = 0.0f;
+        const struct entry *v = &m.entries[first + t][place];
+        float2 pair = *reinterpret_cast<const float2 *>(v); /* input, dout */
+        float b[S], c[S], db[S], input_sum[2] = {}, through_sum[2] = {};
+        load_shared(&m.bc[first + t][n0], b);
+        load_shared(&m.bc[first + t][SHAPE::STATES + n0], c);
 #pragma unroll
-        for (int i = 0; i < LANE_STATES; i++) {
-            float whole = fmaf(v.c[i], v.dout, k->gradient[i]), through = whole * decayed[t][i];
-            db[i] = whole * v.input;
-            input_sum = fmaf(whole, v.b[i], input_sum);
-            through_sum = fmaf(through, rate[i], through_sum);
-            k->rate_sum[i] = fmaf(through, v.delta, k->rate_sum[i]);
+        for (int i = 0; i < S; i++) {
+            float whole = fmaf(c[i], pair.y, k->gradient[i]);
+            db[i] = whole * pair.x;
+            input_sum[i % 2] = fmaf(whole, b[i], input_sum[i % 2]);
             k->gradient[i] = whole * decay[t][i];
+            float through = k->gradient[i] * before[t][i];
+            through_sum[i % 2] = fmaf(through, rate[i], through_sum[i % 2]);
+            if (RATES)
+                k->rate_sum[i] = fmaf(through, v->delta, k->rate_sum[i]);
         }
-        sum_channels<SHAPE>(db, warp_lane, n0, m.sums[buffer][warp][t][0]);
-        through_sums[t % 4] = through_sum;
-        input_sums[t % 4] = input_sum;
-        if (t % 4 == 0) {
-            throughs[t / 4] = sum_states<SHAPE>(through_sums, lane);
-            inputs[t / 4] = sum_states<SHAPE>(input_sums, lane);
+        if (t % 2 == 1)
+            sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+        sum_quads<EXACT>(db, t % 2 * 4, ones, sums);
+        if (t % 2 == 0)
+            m.sums[0][t / 2][threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        inputs[t % LANES] = input_sum[0] + input_sum[1];
+        throughs[t % LANES] = through_sum[0] + through_sum[1];
+        if (t % LANES == 0) {
+            reduce_scatter<LANES, LANES, SHAPE::LANE_STEP>(inputs, warp_lane);
+            reduce_scatter<LANES, LANES, SHAPE::LANE_STEP>(throughs, warp_lane);
+            *reinterpret_cast<float2 *>(&m.entries[first + t + lane][place]) =
+                make_float2(inputs[0], throughs[0]);
         }
-    }
-    __syncwarp(); /* a channel's lanes are of one warp, and all have read */
-    constexpr int SHARE = SHAPE::LANES / 4;
-    if (lane % SHARE == 0) {
-#pragma unroll
-        for (int q = 0; q < GROUP / 4; q++) {
-            int t = first + 4 * q + lane / SHARE;
-            m.input[t][channel] = outs[q];
-            m.delta[t][channel] = throughs[q];
-            m.dout[t][channel] = inputs[q];
-        }
-    }
-}
-
-/* Adds up the warps' dB and dC of a group. */
-template <typename SHAPE>
-__device__ __forceinline__ void sum_warps(const struct scan_backward_args &a, const shared_memory<SHAPE> &m,
-                                          int buffer, int64_t t0, int count, float *token_parts)
-{
-    for (int i = threadIdx.x; i < GROUP * 2 * SHAPE::STATES; i += SCAN_THREADS) {
-        int t = i / (2 * SHAPE::STATES), which = i / SHAPE::STATES % 2, n = i % SHAPE::STATES;
-        float sum = m.sums[buffer][0][t][which][n];
-#pragma unroll
-        for (int w = 1; w < WARPS; w++)
-            sum += m.sums[buffer][w][t][which][n];
-        if (t < count && n < a.d_state)
-            token_parts[(t0 + t) * 2 * a.d_state + which * a.d_state + n] = sum;
     }
 }
 
-/* dx, ddt and dz of a chunk, from what the groups left. */
-template <typename T, typename SHAPE>
+/* ---- a chunk out ---- */
+
+/* dx, ddt, dz and y of a chunk, from what the groups left. */
+template <typename T, typename SHAPE, bool WHOLE, bool SUMS>
 __device__ __forceinline__ void store_chunk(const struct scan_backward_args &a, const shared_memory<SHAPE> &m,
-                                            int64_t t0, int count, int64_t load_c, int group_c,
-                                            const float (&bias)[LANE_CHANNELS],
-                                            const float (&skip)[LANE_CHANNELS], bool whole, struct carried *k)
+                                            const rows_of_chunk<T, SHAPE, WHOLE> &rows, int64_t t0, int row_c,
+                                            const float (&bias)[ROW_CHANNELS],
+                                            const float (&skip)[ROW_CHANNELS], struct carried<SHAPE> *k)
 {
-    for (int row = threadIdx.x / SHAPE::GROUPS; row < count; row += SHAPE::PASS_ROWS) {
-        int64_t t = t0 + row;
-        struct four<T> x = load_four<T>(a.x, a.x_stride, t, load_c, a.channels, whole, true);
-        struct four<T> dt = load_four<T>(a.dt, a.dt_stride, t, load_c, a.channels, whole, true);
-        struct four<T> z = load_four<T>(a.z, a.z_stride, t, load_c, a.channels, whole, true);
-        struct four<T> dy = load_four<T>(a.dy, a.dy_stride, t, load_c, a.channels, whole, true);
-        float dx[LANE_CHANNELS], ddt[LANE_CHANNELS], dz[LANE_CHANNELS], y[LANE_CHANNELS];
+    const tile_rows<T> dx_rows(a.dx, a.dx_stride, t0), ddt_rows(a.ddt, a.ddt_stride, t0),
+        dz_rows(a.dz, a.dz_stride, t0), y_rows(a.y, a.y_stride, t0);
+#pragma unroll 1
+    for (int pass = 0; pass < rows.PASSES; pass += rows.BATCH) {
+        struct row_loads<T> batch[rows.BATCH];
+        rows.load(pass, batch);
 #pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; i++) {
-            float v = dt[i] + bias[i], delta = softplus(v), gate = sigmoid(z[i]), dout = dy[i] * z[i] * gate;
-            float input = m.dout[row][group_c + i], through = m.delta[row][group_c + i] * LN_2;
-            float out = fmaf(skip[i], x[i], m.input[row][group_c + i]);
-            dz[i] = dy[i] * out * gate * (1.0f + z[i] * (1.0f - gate));
-            y[i] = out * z[i] * gate;
-            dx[i] = fmaf(delta, input, skip[i] * dout);
-            ddt[i] = fmaf(x[i], input, through) * (v > 20.0f ? 1.0f : sigmoid(v));
-            k->skip_sum[i] = fmaf(dout, x[i], k->skip_sum[i]);
-            k->bias_sum[i] += ddt[i];
+        for (int p = 0; p < rows.BATCH; p++) {
+            int row = rows.row_of(pass + p), there = rows.there(row);
+            const struct row_inputs<T> in(batch[p]);
+            float dx[ROW_CHANNELS], ddt[ROW_CHANNELS], dz[ROW_CHANNELS], y[ROW_CHANNELS];
+#pragma unroll
+            for (int i = 0; i < ROW_CHANNELS; i++) {
+                const struct entry v = m.entries[row][place_of(row_c + i)];
+                float gate = sigmoid(in.z[i]), gated = in.z[i] * gate, dout = in.dy[i] * gated;
+                float out = fmaf(skip[i], in.x[i], v.out);
+                y[i] = out * gated;
+                dz[i] = in.dy[i] * out * fmaf(gated, 1.0f - gate, gate);
+                dx[i] = fmaf(v.delta, v.input, skip[i] * dout);
+                ddt[i] = fmaf(in.x[i], v.input, v.dout * LN_2) * sigmoid(in.dt[i] + bias[i]);
+                if (SUMS && i < there) {
+                    k->skip_sum[i] = fmaf(dout, in.x[i], k->skip_sum[i]);
+                    k->bias_sum[i] += ddt[i];
+                }
+            }
+            store_several<ROW_CHANNELS, WHOLE>(dx_rows.at(row, rows.c), there, dx);
+            store_several<ROW_CHANNELS, WHOLE>(ddt_rows.at(row, rows.c), there, ddt);
+            store_several<ROW_CHANNELS, WHOLE>(dz_rows.at(row, rows.c), there, dz);
+            if (a.y != NULL)
+                store_several<ROW_CHANNELS, WHOLE>(y_rows.at(row, rows.c), there, y);
         }
-        int64_t n = a.channels - load_c;
-        store_some((T *)a.dx + t * a.dx_stride + load_c, n, whole, dx);
-        store_some((T *)a.ddt + t * a.ddt_stride + load_c, n, whole, ddt);
-        store_some((T *)a.dz + t * a.dz_stride + load_c, n, whole, dz);
-        if (a.y != NULL)
-            store_some((T *)a.y + t * a.y_stride + load_c, n, whole, y);
     }
 }
 
@@ -237,189 +407,218 @@ __device__ __forceinline__ void store_chunk(const struct scan_backward_args &a, 
  * them up. */
 template <typename SHAPE>
 __device__ __forceinline__ void store_sums(const struct scan_backward_args &a, shared_memory<SHAPE> &m,
-                                           float *part, int64_t block_c, int channel, int lane, int group_c,
-                                           const float (&rate)[LANE_STATES], const struct carried &k)
+                                           float *part, int64_t block_c, int64_t scan_c, int n0, int row_c,
+                                           const float (&rate)[SHAPE::LANE_STATES],
+                                           const struct carried<SHAPE> &k)
 {
-    int64_t c = block_c + channel, size = a.channels * a.d_state;
+    constexpr int ROW_THREADS = SHAPE::CHANNELS / ROW_CHANNELS, PASS_ROWS = SHAPE::THREADS / ROW_THREADS;
+    static_assert(2 * PASS_ROWS <= SCAN_CHUNK * 4, "the rows fit");
+    int64_t size = a.channels * a.d_state;
 #pragma unroll
-    for (int i = 0; i < LANE_STATES; i++) {
-        int64_t n = lane * LANE_STATES + i;
-        if (c < a.channels && n < a.d_state)
-            part[c * a.d_state + n] = k.rate_sum[i] * rate[i] * LN_2;
-    }
-    static_assert(SHAPE::PASS_ROWS <= SCAN_CHUNK, "the rows fit");
+    for (int i = 0; i < SHAPE::LANE_STATES; i++)
+        if (scan_c < a.channels && n0 + i < a.d_state)
+            part[scan_c * a.d_state + n0 + i] = k.rate_sum[i] * rate[i] * LN_2;
+    float(*rows)[SHAPE::CHANNELS] = reinterpret_cast<float(*)[SHAPE::CHANNELS]>(m.entries);
+    int row = threadIdx.x / ROW_THREADS;
     __syncthreads();
-    int row = threadIdx.x / SHAPE::GROUPS;
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; i++) {
-        m.delta[row][group_c + i] = k.skip_sum[i];
-        m.input[row][group_c + i] = k.bias_sum[i];
+    for (int i = 0; i < ROW_CHANNELS; i++) {
+        rows[row][row_c + i] = k.skip_sum[i];
+        rows[PASS_ROWS + row][row_c + i] = k.bias_sum[i];
     }
     __syncthreads();
-    c = block_c + threadIdx.x;
+    int64_t c = block_c + threadIdx.x;
     if (threadIdx.x >= SHAPE::CHANNELS || c >= a.channels)
         return;
     float skip = 0.0f, bias = 0.0f;
-    for (int r = 0; r < SHAPE::PASS_ROWS; r++) {
-        skip += m.delta[r][threadIdx.x];
-        bias += m.input[r][threadIdx.x];
+    for (int r = 0; r < PASS_ROWS; r++) {
+        skip += rows[r][threadIdx.x];
+        bias += rows[PASS_ROWS + r][threadIdx.x];
     }
     part[size + c] = skip;
     part[size + a.channels + c] = bias;
 }
 
-/* gradients: [spans][d_state][channels], of the state at each span's end, from later spans; NULL unless split. */
-template <typename T, typename SHAPE>
-__global__ void __launch_bounds__(SCAN_THREADS, 2)
+/* gradients: [spans][d_state][channels], of the state at each span's end, from later spans; NULL unless split. WHOLE:
+ * see the forward. SUMS: those over tokens are wanted. */
+template <typename T, typename SHAPE, bool WHOLE, bool SUMS>
+__global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
     backward_kernel(struct scan_backward_args a, struct scan_spans spans, const float *gradients,
-                    struct parts parts, bool whole)
+                    struct parts parts)
 {
+    constexpr int S = SHAPE::LANE_STATES;
     extern __shared__ __align__(16) unsigned char raw[];
     shared_memory<SHAPE> &m = *reinterpret_cast<shared_memory<SHAPE> *>(raw);
     struct scan_span span = scan_span_at(spans, (int32_t)blockIdx.x);
     int64_t block_c = (int64_t)blockIdx.y * SHAPE::CHANNELS, state_size = a.d_state * a.channels;
-    float *token_parts = parts.tokens + blockIdx.y * a.tokens * 2 * a.d_state;
+    float *token_parts = parts.tokens + blockIdx.y * a.tokens * 2 * SHAPE::STATES;
 
-    int group_c = threadIdx.x % SHAPE::GROUPS * LANE_CHANNELS;
-    int64_t load_c = block_c + group_c;
-    float bias[LANE_CHANNELS], skip[LANE_CHANNELS];
-    load_channels(a.dt_bias, load_c, a.channels, bias);
-    load_channels(a.d, load_c, a.channels, skip);
+    /* As one of those that load and store. */
+    int row_c = threadIdx.x % (SHAPE::CHANNELS / ROW_CHANNELS) * ROW_CHANNELS;
+    int64_t load_c = block_c + row_c;
+    float bias[ROW_CHANNELS], skip[ROW_CHANNELS];
+    load_some(a.dt_bias + load_c, a.channels - load_c, false, bias);
+    load_some(a.d + load_c, a.channels - load_c, false, skip);
 
-    int lane = threadIdx.x % SHAPE::LANES, channel = threadIdx.x / SHAPE::LANES, n0 = lane * LANE_STATES;
+    /* As one of those that scan. */
+    int warp_lane = threadIdx.x % WARP, lane = warp_lane / SHAPE::LANE_STEP, n0 = lane * S;
+    int channel = threadIdx.x / WARP * SHAPE::WARP_CHANNELS + warp_lane % SHAPE::LANE_STEP;
     int64_t scan_c = block_c + channel;
-    float rate[LANE_STATES];
-    struct carried k = {};
+    int place = place_of(channel);
+    float rate[S], ones[8];
+    struct carried<SHAPE> k = {
+    };
+    load_states(a.a, n0, a.d_state, scan_c, a.channels, rate);
+    if (gradients != NULL)
+        load_states(gradients + span.index * state_size, n0, a.d_state, scan_c, a.channels, k.gradient);
 #pragma unroll
-    for (int i = 0; i < LANE_STATES; i++) {
-        int64_t at = (n0 + i) * a.channels + scan_c;
-        bool inside = scan_c < a.channels && n0 + i < a.d_state;
-        rate[i] = inside ? a.a[at] * LOG2_E : 0.0f;
-        if (inside && gradients != NULL)
-            k.gradient[i] = gradients[span.index * state_size + at];
-    }
+    for (int i = 0; i < S; i++)
+        rate[i] *= LOG2_E;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        ones[i] = warp_lane / 4 == i ? 1.0f : 0.0f;
 
-    int64_t chunks = divide_up(span.end - span.begin, SCAN_CHUNK);
-    for (int64_t j = chunks - 1; j >= 0; j--) {
+    int length = (int)(span.end - span.begin);
+    for (int j = (length + SCAN_CHUNK - 1) / SCAN_CHUNK - 1; j >= 0; j--) {
         int64_t t0 = span.begin + j * SCAN_CHUNK;
-        int count = (int)min((int64_t)SCAN_CHUNK, span.end - t0), groups = (count + GROUP - 1) / GROUP;
-        const float *chunk = a.chunk_states + (span.chunk + j) * state_size;
-        float h[LANE_STATES];
-#pragma unroll
-        for (int i = 0; i < LANE_STATES; i++)
-            h[i] = scan_c < a.channels && n0 + i < a.d_state ? chunk[(n0 + i) * a.channels + scan_c] : 0.0f;
-        load_chunk<T>(a, m, t0, count, load_c, group_c, bias, whole);
+        int count = min((int)SCAN_CHUNK, length - j * SCAN_CHUNK), groups = (count + GROUP - 1) / GROUP;
+        float first[S], h[S];
+        load_states(a.chunk_states + (span.chunk + j) * state_size, n0, a.d_state, scan_c, a.channels, first);
+        const rows_of_chunk<T, SHAPE, WHOLE> rows(a, t0, count, load_c);
+        load_chunk(a, m, rows, t0, row_c, bias);
         __syncthreads();
-        for (int g = 0; g < groups; g++) {
-            m.states[g][threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
-            if (g + 1 == groups)
-                break;
+        if (j > 0)
+            prefetch_chunk<T, SHAPE>(a, a.chunk_states + (span.chunk + j - 1) * state_size, t0, block_c);
 #pragma unroll
-            for (int t = 0; t < GROUP; t++) {
-                float delta = m.delta[g * GROUP + t][channel], input = m.input[g * GROUP + t][channel];
-                const float4 b = *reinterpret_cast<const float4 *>(&m.b[g * GROUP + t][n0]);
-                const float bn[LANE_STATES] = {b.x, b.y, b.z, b.w};
+        for (int i = 0; i < S; i++)
+            h[i] = first[i];
+#pragma unroll 1
+        for (int g = 1; g < groups; g++) {
+            step_group(m, (g - 1) * GROUP, place, n0, rate, h);
+            if (g + 1 < groups)
 #pragma unroll
-                for (int i = 0; i < LANE_STATES; i++)
-                    h[i] = fmaf(exp2_fast(delta * rate[i]), h[i], input * bn[i]);
-            }
+                for (int i = 0; i < S / 4; i++)
+                    m.states[g - 1][i][threadIdx.x] =
+                        make_float4(h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3]);
         }
+#pragma unroll 1
         for (int g = groups - 1; g >= 0; g--) {
-            run_group(m, g * GROUP, g % 2, channel, lane, rate, &k);
+            if (g == 0) {
+#pragma unroll
+                for (int i = 0; i < S; i++)
+                    h[i] = first[i];
+            } else if (g + 1 < groups) {
+#pragma unroll
+                for (int i = 0; i < S / 4; i++) {
+                    const float4 v = m.states[g - 1][i][threadIdx.x];
+                    h[4 * i] = v.x, h[4 * i + 1] = v.y, h[4 * i + 2] = v.z, h[4 * i + 3] = v.w;
+                }
+            }
+            run_group<SHAPE, !is_bf16<T>, SUMS>(m, g * GROUP, place, lane, rate, ones, h, &k);
             __syncthreads();
-            sum_warps(a, m, g % 2, t0 + g * GROUP, count - g * GROUP, token_parts);
+            sum_block(m, t0 + g * GROUP, count - g * GROUP, token_parts);
+            __syncthreads();
         }
-        store_chunk<T>(a, m, t0, count, load_c, group_c, bias, skip, whole, &k);
+        store_chunk<T, SHAPE, WHOLE, SUMS>(a, m, rows, t0, row_c, bias, skip, &k);
+        __syncthreads();
     }
-    store_sums(a, m, parts.channels + span.index * (state_size + 2 * a.channels), block_c, channel, lane,
-               group_c, rate, k);
+    if (SUMS)
+        store_sums(a, m, parts.channels + span.index * (state_size + 2 * a.channels), block_c, scan_c, n0,
+                   row_c, rate, k);
 }
 
 /* Of one span alone: the gradient of the state before it, when nothing comes from later spans, and the sum of its
- * delta. */
-template <typename T, typename SHAPE>
-__global__ void __launch_bounds__(SCAN_THREADS)
-    local_kernel(struct scan_backward_args a, struct scan_spans spans, float *gradients, float *deltas,
-                 bool whole)
+ * delta. Its tiles begin at the span's end. */
+template <typename T, typename SHAPE, bool WHOLE>
+__global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
+    local_kernel(struct scan_backward_args a, struct scan_spans spans, float *gradients, float *deltas)
 {
-    constexpr int CHANNELS = SHAPE::CHANNELS, STATES = SHAPE::STATES;
-    __shared__ __align__(16) float delta[TILE][CHANNELS], dout[TILE][CHANNELS], c[TILE][STATES];
+    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES, TILE = 16, OWN = TILE / LANES,
+                  FOURS = 2 * SHAPE::STATES / 4;
+    __shared__ __align__(16) float tile[TILE][2 * SHAPE::STATES];
     struct scan_span span = scan_span_at(spans, (int32_t)blockIdx.x);
-    int64_t block_c = (int64_t)blockIdx.y * CHANNELS, state_size = a.d_state * a.channels;
-    int row = threadIdx.x / SHAPE::GROUPS, group_c = threadIdx.x % SHAPE::GROUPS * LANE_CHANNELS;
-    int64_t load_c = block_c + group_c;
-    float bias[LANE_CHANNELS];
-    load_channels(a.dt_bias, load_c, a.channels, bias);
-
-    int lane = threadIdx.x % SHAPE::LANES, channel = threadIdx.x / SHAPE::LANES, n0 = lane * LANE_STATES;
-    int64_t scan_c = block_c + channel;
-    float rate[LANE_STATES], gradient[LANE_STATES] = {}, delta_sum = 0.0f;
+    int warp_lane = threadIdx.x % WARP, lane = warp_lane / SHAPE::LANE_STEP, n0 = lane * S;
+    int64_t c = (int64_t)blockIdx.y * SHAPE::CHANNELS + threadIdx.x / WARP * SHAPE::WARP_CHANNELS +
+                warp_lane % SHAPE::LANE_STEP;
+    float rate[S], gradient[S] = {}, delta_sum = 0.0f, bias = c < a.channels ? a.dt_bias[c] : 0.0f;
+    load_states(a.a, n0, a.d_state, c, a.channels, rate);
 #pragma unroll
-    for (int i = 0; i < LANE_STATES; i++)
-        rate[i] =
-            scan_c < a.channels && n0 + i < a.d_state ? a.a[(n0 + i) * a.channels + scan_c] * LOG2_E : 0.0f;
-
-    for (int64_t tiles = divide_up(span.end - span.begin, TILE), j = tiles - 1; j >= 0; j--) {
-        int64_t t0 = span.begin + j * TILE;
-        if (row < TILE) {
-            bool inside = t0 + row < span.end;
-            struct four<T> dt = load_four<T>(a.dt, a.dt_stride, t0 + row, load_c, a.channels, whole, inside);
-            struct four<T> z = load_four<T>(a.z, a.z_stride, t0 + row, load_c, a.channels, whole, inside);
-            struct four<T> dy = load_four<T>(a.dy, a.dy_stride, t0 + row, load_c, a.channels, whole, inside);
+    for (int i = 0; i < S; i++)
+        rate[i] *= LOG2_E;
+    int length = (int)(span.end - span.begin), n = (int)min(a.channels - c, (int64_t)1);
+    for (int t0 = (length - 1) / TILE * TILE; t0 >= 0; t0 -= TILE) {
+        const tile_rows<T> dt_rows(a.dt, a.dt_stride, span.begin + t0),
+            z_rows(a.z, a.z_stride, span.begin + t0), dy_rows(a.dy, a.dy_stride, span.begin + t0);
+        float delta[OWN], dout[OWN];
 #pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++) {
-                delta[row][group_c + i] = inside ? softplus(dt[i] + bias[i]) : 0.0f;
-                dout[row][group_c + i] = dy[i] * silu(z[i]);
-            }
+        for (int i = 0; i < OWN; i++) {
+            int row = lane * OWN + i, there = t0 + row < length ? n : 0;
+            auto dt = load_several<1, WHOLE>(dt_rows.at(row, (unsigned)c), there);
+            auto z = load_several<1, WHOLE>(z_rows.at(row, (unsigned)c), there);
+            auto dy = load_several<1, WHOLE>(dy_rows.at(row, (unsigned)c), there);
+            delta[i] = (t0 + row < length ? 1.0f : 0.0f) * softplus(dt[0] + bias);
+            dout[i] = dy[0] * silu(z[0]);
         }
-        for (int i = threadIdx.x; i < TILE * STATES; i += SCAN_THREADS) {
-            int64_t t = t0 + i / STATES, n = i % STATES;
-            c[i / STATES][n] =
-                t < span.end && n < a.d_state ? to_float(((const T *)a.c)[t * a.c_stride + n]) : 0.0f;
+        __syncthreads();
+        for (int i = threadIdx.x; i < TILE * FOURS; i += SHAPE::THREADS) {
+            auto v = load_bc_four<T, SHAPE, WHOLE>(a.b, a.b_stride, a.c, a.c_stride, a.d_state,
+                                                   span.begin + t0, length - t0, i);
+            *reinterpret_cast<float4 *>(&tile[i / FOURS][i % FOURS * 4]) =
+                make_float4(v[0], v[1], v[2], v[3]);
         }
         __syncthreads();
 #pragma unroll
         for (int t = TILE - 1; t >= 0; t--) {
-            float d = delta[t][channel], grad = dout[t][channel];
-            const float4 cs = *reinterpret_cast<const float4 *>(&c[t][n0]);
-            const float cn[LANE_STATES] = {cs.x, cs.y, cs.z, cs.w};
+            float d = delta[t % OWN], grad = dout[t % OWN], cs[S];
+            if (LANES > 1) {
+                int source = t / OWN * SHAPE::LANE_STEP + warp_lane % SHAPE::LANE_STEP;
+                d = __shfl_sync(0xffffffffu, d, source);
+                grad = __shfl_sync(0xffffffffu, grad, source);
+            }
+            load_shared(&tile[t][SHAPE::STATES + n0], cs);
 #pragma unroll
-            for (int i = 0; i < LANE_STATES; i++)
-                gradient[i] = fmaf(cn[i], grad, gradient[i]) * exp2_fast(d * rate[i]);
+            for (int i = 0; i < S; i++)
+                gradient[i] = fmaf(cs[i], grad, gradient[i]) * exp2_fast(d * rate[i]);
             delta_sum += d;
         }
-        __syncthreads();
     }
-    if (scan_c >= a.channels)
-        return;
-    if (lane == 0)
-        deltas[span.index * a.channels + scan_c] = delta_sum;
-#pragma unroll
-    for (int i = 0; i < LANE_STATES; i++)
-        if (n0 + i < a.d_state)
-            gradients[span.index * state_size + (n0 + i) * a.channels + scan_c] = gradient[i];
+    store_states(gradients + span.index * a.d_state * a.channels, n0, a.d_state, c, a.channels, gradient);
+    if (lane == 0 && c < a.channels)
+        deltas[span.index * a.channels + c] = delta_sum;
 }
 
-/* db and dc: the sums over the blocks of channels. */
-template <typename T>
+/* db and dc: the sums over the blocks of channels, four at a time. */
+template <typename T, typename SHAPE>
 __global__ void __launch_bounds__(SUM_THREADS)
     sum_kernel(struct scan_backward_args a, const float *parts, int blocks)
 {
-    int64_t i = (int64_t)blockIdx.x * SUM_THREADS + threadIdx.x, count = a.tokens * 2 * a.d_state;
+    constexpr int FOURS = 2 * SHAPE::STATES / 4;
+    int64_t i = (int64_t)blockIdx.x * SUM_THREADS + threadIdx.x, count = a.tokens * FOURS;
     if (i >= count)
         return;
-    float sum = 0.0f;
+    const float4 *from = reinterpret_cast<const float4 *>(parts) + i;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
-    for (int j = 0; j < blocks; j++)
-        sum += parts[j * count + i];
-    int64_t t = i / (2 * a.d_state), n = i % (2 * a.d_state);
-    if (n < a.d_state)
-        ((T *)a.db)[t * a.db_stride + n] = from_float<T>(sum);
-    else
-        ((T *)a.dc)[t * a.dc_stride + n - a.d_state] = from_float<T>(sum);
+    for (int j = 0; j < blocks; j++) {
+        const float4 v = from[j * count];
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    float scale = is_bf16<T> ? CUT_LOSS : 1.0f;
+    const float sums[4] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
+    int64_t t = i / FOURS, n = i % FOURS * 4;
+    bool is_c = n >= SHAPE::STATES;
+    n = is_c ? n - SHAPE::STATES : n;
+    T *to = is_c ? (T *)a.dc + t * a.dc_stride : (T *)a.db + t * a.db_stride;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (n + j < a.d_state)
+            to[n + j] = from_float<T>(sums[j]);
 }
 
 /* ---- the workspace ---- */
+
+using few_states = scan_shape<8, 2, 128, 2>;  /* d_state up to 16 */
+using many_states = scan_shape<8, 8, 128, 2>; /* up to 64 */
 
 struct layout {
     int64_t tokens, channels, gradients, deltas, floats; /* where each begins, and the whole */
@@ -427,49 +626,68 @@ struct layout {
 
 struct layout layout_of(int64_t tokens, int64_t channels, int64_t d_state, int64_t n_spans)
 {
+    bool few = d_state <= few_states::STATES;
+    int64_t states = few ? few_states::STATES : many_states::STATES;
+    int64_t block = few ? few_states::CHANNELS : many_states::CHANNELS;
     struct layout l;
     l.tokens = 0;
-    l.channels = l.tokens + divide_up(channels, scan_block_channels(d_state)) * tokens * 2 * d_state;
+    l.channels = l.tokens + divide_up(channels, block) * tokens * 2 * states;
     l.gradients = l.channels + n_spans * channels * (d_state + 2);
     l.deltas = l.gradients + n_spans * channels * d_state;
     l.floats = l.deltas + n_spans * channels;
     return l;
 }
 
-template <typename T, typename SHAPE>
+template <typename T, typename SHAPE, bool WHOLE, bool SUMS>
 int launch(struct kernel_device *device, const struct scan_backward_args &a, const struct scan_spans &spans,
-           const struct layout &l, bool whole)
+           const struct layout &l)
 {
+    using local_shape = scan_shape<SHAPE::LANE_STATES * 2, SHAPE::LANES / 2, 128, 4>;
     float *workspace = (float *)a.workspace, *gradients = NULL;
-    dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
     if (spans.split) {
         gradients = workspace + l.gradients;
-        local_kernel<T, SHAPE>
-            <<<grid, SCAN_THREADS, 0, device->stream>>>(a, spans, gradients, workspace + l.deltas, whole);
+        dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, local_shape::CHANNELS));
+        local_kernel<T, local_shape, WHOLE>
+            <<<grid, local_shape::THREADS, 0, device->stream>>>(a, spans, gradients, workspace + l.deltas);
         dim3 carries((unsigned)a.n_seqs, (unsigned)a.d_state, (unsigned)divide_up(a.channels, SUM_THREADS));
         struct state_view none = {NULL, 0, NULL};
         scan_carry_kernel<true><<<carries, SUM_THREADS, 0, device->stream>>>(
             spans, a.a, a.channels, a.d_state, none, workspace + l.deltas, gradients);
     }
     int bytes = (int)sizeof(shared_memory<SHAPE>);
-    int status = cuda_check(device, cudaFuncSetAttribute(backward_kernel<T, SHAPE>,
+    int status = cuda_check(device, cudaFuncSetAttribute(backward_kernel<T, SHAPE, WHOLE, SUMS>,
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     if (status != KERNEL_OK)
         return status;
     struct parts parts = {workspace + l.tokens, workspace + l.channels};
-    backward_kernel<T, SHAPE>
-        <<<grid, SCAN_THREADS, bytes, device->stream>>>(a, spans, gradients, parts, whole);
-    sum_kernel<T>
-        <<<(unsigned)divide_up(a.tokens * 2 * a.d_state, SUM_THREADS), SUM_THREADS, 0, device->stream>>>(
-            a, workspace + l.tokens, (int)grid.y);
+    dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
+    backward_kernel<T, SHAPE, WHOLE, SUMS>
+        <<<grid, SHAPE::THREADS, bytes, device->stream>>>(a, spans, gradients, parts);
+    int64_t fours = a.tokens * 2 * SHAPE::STATES / 4;
+    sum_kernel<T, SHAPE><<<(unsigned)divide_up(fours, SUM_THREADS), SUM_THREADS, 0, device->stream>>>(
+        a, workspace + l.tokens, (int)grid.y);
     return cuda_launched(device);
+}
+
+template <typename T>
+int launch_shaped(struct kernel_device *device, const struct scan_backward_args &a,
+                  const struct scan_spans &spans, const struct layout &l, bool whole)
+{
+    bool sums = a.da_log != NULL || a.dd != NULL || a.ddt_bias != NULL;
+    if (a.d_state > few_states::STATES)
+        return launch<T, many_states, false, true>(device, a, spans, l);
+    if (!whole)
+        return launch<T, few_states, false, true>(device, a, spans, l);
+    if (sums)
+        return launch<T, few_states, true, true>(device, a, spans, l);
+    return launch<T, few_states, true, false>(device, a, spans, l);
 }
 
 } // namespace
 
 int64_t cuda_scan_backward_workspace(int64_t tokens, int64_t channels, int64_t d_state, int32_t n_seqs)
 {
-    int64_t spans = scan_spans_most(tokens, channels, d_state, n_seqs);
+    int64_t spans = scan_spans_most(tokens, channels, n_seqs);
     return layout_of(tokens, channels, d_state, spans).floats * (int64_t)sizeof(float);
 }
 
@@ -489,20 +707,20 @@ int cuda_scan_backward(struct kernel_device *device, const struct scan_backward_
         return KERNEL_UNSUPPORTED;
     if (a.tokens == 0)
         return KERNEL_OK;
-    bool whole = rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.dt, a.dt_stride, a.act) &&
+    bool whole = d % ROW_CHANNELS == 0 && a.d_state == few_states::STATES &&
+                 rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.dt, a.dt_stride, a.act) &&
                  rows_aligned(a.z, a.z_stride, a.act) && rows_aligned(a.dy, a.dy_stride, a.act) &&
+                 rows_aligned(a.b, a.b_stride, a.act) && rows_aligned(a.c, a.c_stride, a.act) &&
                  rows_aligned(a.dx, a.dx_stride, a.act) && rows_aligned(a.ddt, a.ddt_stride, a.act) &&
                  rows_aligned(a.dz, a.dz_stride, a.act) &&
                  (a.y == NULL || rows_aligned(a.y, a.y_stride, a.act));
     struct scan_spans spans;
-    status = scan_spans_make(device, a.seq_starts, a.n_seqs, d, a.d_state, &spans);
+    status = scan_spans_make(device, a.seq_starts, a.n_seqs, d, &spans);
     if (status != KERNEL_OK)
         return status;
     struct layout l = layout_of(a.tokens, d, a.d_state, spans.n_spans);
     if (d > 0)
-        CUDA_WITH_TYPE(
-            a.act, T,
-            SCAN_WITH_SHAPE(a.d_state, SHAPE, status = launch<T, SHAPE>(device, a, spans, l, whole)));
+        CUDA_WITH_TYPE(a.act, T, status = launch_shaped<T>(device, a, spans, l, whole));
     int64_t size = d * a.d_state, stride = size + 2 * d;
     const float *parts = (const float *)a.workspace + l.channels;
     if (a.da_log != NULL && status == KERNEL_OK)
