@@ -188,6 +188,8 @@ int32_t *cut_tokens(struct session *session, enum cut cut, int64_t tokens, int32
             length = 1;
         else if (cut == CUT_MIXED)
             length = lengths[n % 8];
+        else if (cut == CUT_SHORT)
+            length = 1 + n % 8;
         int64_t end = starts[n] + length;
         starts[++n] = (int32_t)(end < tokens ? end : tokens);
     }

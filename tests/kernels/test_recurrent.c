@@ -80,7 +80,7 @@ static const float *input_a(struct session *s, int64_t d_state, int64_t channels
 static void scan_forward_case(struct session *s, const void *param)
 {
     const struct recurrent_case *p = param;
-    int64_t stride = p->channels + p->gap, bc_stride = 2 * p->size + 3;
+    int64_t stride = p->channels + p->gap, bc_stride = 2 * p->size + (p->gap > 0 ? 3 : 0);
     struct scan_forward_args v = {.tokens = p->tokens, .channels = p->channels, .d_state = p->size};
     v.seq_starts = cut_tokens(s, p->cut, p->tokens, &v.n_seqs);
     v.x = input_rows(s, "x", p->tokens, p->channels, stride, -2, 2);
@@ -107,7 +107,7 @@ static void scan_forward_case(struct session *s, const void *param)
 static void scan_backward_case(struct session *s, const void *param)
 {
     const struct recurrent_case *p = param;
-    int64_t stride = p->channels + p->gap, bc_stride = 2 * p->size + 3;
+    int64_t stride = p->channels + p->gap, bc_stride = 2 * p->size + (p->gap > 0 ? 3 : 0);
     struct scan_backward_args v = {.tokens = p->tokens, .channels = p->channels, .d_state = p->size};
     v.seq_starts = cut_tokens(s, p->cut, p->tokens, &v.n_seqs);
     v.x = input_rows(s, "x", p->tokens, p->channels, stride, -2, 2);
@@ -221,6 +221,38 @@ static void test_scan_backward(void **state)
 {
     (void)state;
     sweep(scan_backward_case, "scan_backward", (const int64_t[]){16, 5, 8});
+}
+
+/* Rows and states as a GPU reads them 16 bytes at a time, and batches of every size that it divides its own way: few
+ * long sequences, which are cut, up to many. */
+static void test_shapes(void **state)
+{
+    (void)state;
+    static const struct {
+        int64_t tokens, channels;
+        enum cut cut;
+    } shapes[] = {{151, 64, CUT_ONE},    {1134, 32, CUT_ONE},    {700, 96, CUT_MIXED},
+                  {600, 200, CUT_SHORT}, {1600, 200, CUT_SHORT}, {3100, 200, CUT_SHORT}};
+    int count = best_backend() == kernels_cpu() ? 3 : 6; /* the rest would be slow and tell nothing there */
+    for (int i = 0; i < count; i++) {
+        for (int variant = 0; variant < 2; variant++) {
+            struct recurrent_case p = {
+                .tokens = shapes[i].tokens,
+                .channels = shapes[i].channels,
+                .size = 16,
+                .cut = shapes[i].cut,
+                .initial = variant == 1,
+                .final = variant == 1,
+                .permuted = true,
+                .with_extras = true,
+            };
+            compare_backends(scan_forward_case, &p, "scan_forward shape %d variant %d", i, variant);
+            compare_backends(scan_backward_case, &p, "scan_backward shape %d variant %d", i, variant);
+            p.size = 4;
+            compare_backends(conv_forward_case, &p, "conv_forward shape %d variant %d", i, variant);
+            compare_backends(conv_backward_case, &p, "conv_backward shape %d variant %d", i, variant);
+        }
+    }
 }
 
 /* What is planned for a batch is enough for every smaller one. */
@@ -379,13 +411,10 @@ static void test_scan_steps(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_conv_forward),
-        cmocka_unit_test(test_conv_backward),
-        cmocka_unit_test(test_scan_forward),
-        cmocka_unit_test(test_scan_backward),
-        cmocka_unit_test(test_scan_backward_workspace),
-        cmocka_unit_test(test_scan_prepare),
-        cmocka_unit_test(test_conv_steps),
+        cmocka_unit_test(test_conv_forward), cmocka_unit_test(test_conv_backward),
+        cmocka_unit_test(test_scan_forward), cmocka_unit_test(test_scan_backward),
+        cmocka_unit_test(test_shapes),       cmocka_unit_test(test_scan_backward_workspace),
+        cmocka_unit_test(test_scan_prepare), cmocka_unit_test(test_conv_steps),
         cmocka_unit_test(test_scan_steps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
