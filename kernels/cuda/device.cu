@@ -10,6 +10,7 @@ enum {
     STAGING_BYTES = 1 << 20,
     STAGING_ALIGNMENT = 256,
     SMALL_BYTES = STAGING_BYTES / 4, /* a copy through pinned memory pays */
+    CACHED_BYTES = 4096,             /* of an array that is kept, at least: growing waits for the device */
 };
 static const size_t BLAS_WORKSPACE_BYTES = (size_t)32 << 20; /* what cuBLAS recommends for Hopper */
 
@@ -385,9 +386,11 @@ int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, con
 
 static int cached_grow(struct kernel_device *device, struct cuda_cached *entry, size_t bytes)
 {
-    size_t capacity = (bytes + STAGING_ALIGNMENT - 1) / STAGING_ALIGNMENT * STAGING_ALIGNMENT;
-    if (entry->capacity >= capacity)
+    if (entry->capacity >= bytes)
         return KERNEL_OK;
+    size_t capacity = CACHED_BYTES;
+    while (capacity < bytes)
+        capacity *= 2;
     release(device, entry->device);
     free(entry->host);
     *entry = (struct cuda_cached){};

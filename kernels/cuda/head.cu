@@ -1,7 +1,9 @@
-/* head.cu: the output layer and its loss, whatever the types; head_fused.cu does BF16 on Hopper. Rows go through in chunks: fp32 logits by one product into the workspace;
- * a block a row for the scores, which leaves the gradient of the logits in their place, narrowed to the type of the
- * activations; then the products for d_hidden and d_weight. Ignored rows go along with a gradient of zero: which they
- * are is known to the device alone. So is a target out of range, whose row gets NaN and no gradient. */
+/* head.cu: the output layer and its loss, whatever the types; head_fused.cu does BF16 on Hopper.
+ *
+ * Rows go through in chunks: fp32 logits by one product into the workspace; a block a row for the scores, which leaves
+ * the gradient of the logits in their place, narrowed to the type of the activations; then the products for d_hidden and
+ * d_weight. Ignored rows go along with a gradient of zero: which they are is known to the device alone. So is a target
+ * out of range, whose row gets NaN and no gradient. */
 #include "kernels/cuda/head.cuh"
 #include "kernels/cuda/keys.cuh"
 
@@ -12,14 +14,15 @@ enum {
     ROW_THREADS = 512,
     CHUNK_ROWS_LEAST = 64,
 };
-constexpr int64_t CHUNK_BYTES = (int64_t)192 << 20; /* of logits, wanted */
+constexpr int64_t CHUNK_BYTES = (int64_t)192 << 20; /* of logits, at least */
 /* The gradient of the logits is kept times this, and the products multiply by grad_scale over it, so that what F16 can
  * hold of it (2^-32 of a probability and more) does not depend on grad_scale. */
 constexpr float GRADIENT_UNIT = 256.0f;
 
-int64_t chunk_rows(int64_t rows, int64_t vocab)
+/* As many as have their logits in so many bytes. */
+int64_t chunk_rows(int64_t rows, int64_t vocab, int64_t bytes)
 {
-    int64_t chunk = CHUNK_BYTES / (vocab * (int64_t)sizeof(float));
+    int64_t chunk = bytes / (vocab * (int64_t)sizeof(float));
     chunk -= chunk % CHUNK_ROWS_LEAST;
     if (chunk < CHUNK_ROWS_LEAST)
         chunk = CHUNK_ROWS_LEAST;
@@ -216,7 +219,7 @@ int head_product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, 
 
 int64_t cuda_head_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool backward)
 {
-    int64_t logits = chunk_rows(rows, vocab) * vocab * (int64_t)sizeof(float);
+    int64_t logits = chunk_rows(rows, vocab, CHUNK_BYTES) * vocab * (int64_t)sizeof(float);
     int64_t fused = head_fused_workspace(rows, d_model, vocab, backward);
     return head_scores_bytes(rows) + (logits > fused ? logits : fused);
 }
@@ -226,10 +229,10 @@ int cuda_head(struct kernel_device *device, const struct head_args *h)
     int status = cuda_enter(device);
     if (status != KERNEL_OK)
         return status;
+    bool backward = h->d_hidden != NULL || h->d_weight != NULL;
     if (h->rows < 0 || h->d_model < 0 || h->vocab <= 0 || h->vocab > INT32_MAX || h->n_top < 0 ||
         h->n_top > KERNEL_TOP_MAX || (h->top_ids != NULL && h->n_top > h->vocab) ||
-        h->workspace_bytes <
-            cuda_head_workspace(h->rows, h->d_model, h->vocab, h->d_hidden != NULL || h->d_weight != NULL))
+        h->workspace_bytes < cuda_head_workspace(h->rows, h->d_model, h->vocab, backward))
         return KERNEL_INVALID;
     if (!cuda_is_float(h->act) || !cuda_is_float(h->weight_type) || h->d_model == 0)
         return KERNEL_UNSUPPORTED;
@@ -248,7 +251,9 @@ int cuda_head(struct kernel_device *device, const struct head_args *h)
     bool fused = status == KERNEL_OK && head_fused_can(device, h, weight);
     if (fused)
         status = head_fused(device, h, weight);
-    int64_t chunk = chunk_rows(h->rows, h->vocab);
+    int64_t room = cuda_head_workspace(h->rows, h->d_model, h->vocab, backward) - head_scores_bytes(h->rows);
+    bool all = h->rows <= room / (h->vocab * (int64_t)sizeof(float));
+    int64_t chunk = all ? h->rows : chunk_rows(h->rows, h->vocab, room);
     for (int64_t first = 0; first < h->rows && !fused && status == KERNEL_OK; first += chunk)
         status = chunk_run(device, h, weight, first, h->rows - first < chunk ? h->rows - first : chunk);
     if (status == KERNEL_OK && (h->loss_sum != NULL || h->n_correct != NULL)) {

@@ -523,8 +523,9 @@ static int check_args(const struct sample_args *s)
     return KERNEL_OK;
 }
 
-/* The rows' settings, which are mostly those of the step before. */
-static int stage_settings(struct kernel_device *device, const struct sample_args *s, struct sample_task *task)
+/* The rows' settings. Those of plain rows are mostly the same as in the step before. */
+static int stage_settings(struct kernel_device *device, const struct sample_args *s, bool plain,
+                          struct sample_task *task)
 {
     struct row_settings *settings = (struct row_settings *)calloc((size_t)s->rows, sizeof(*settings));
     if (settings == NULL)
@@ -554,7 +555,11 @@ static int stage_settings(struct kernel_device *device, const struct sample_args
         n_history += to->n_history;
         n_bias += to->n_bias;
     }
-    int status = cuda_stage_array(device, settings, s->rows, &task->settings);
+    size_t bytes = (size_t)s->rows * sizeof(*settings);
+    const void *staged = NULL;
+    int status = plain ? cuda_stage_cached(device, settings, bytes, &staged)
+                       : cuda_stage(device, settings, bytes, &staged);
+    task->settings = (const struct row_settings *)staged;
     free(settings);
     return status;
 }
@@ -691,7 +696,7 @@ int cuda_sample(struct kernel_device *device, const struct sample_args *s)
     bool plain = true;
     for (int64_t r = 0; r < s->rows; r++)
         plain = plain && is_plain(&s->row[r]);
-    status = stage_settings(device, s, &task);
+    status = stage_settings(device, s, plain, &task);
     if (status == KERNEL_OK)
         status = make_memory(device, s->rows, &task);
     if (status == KERNEL_OK)
