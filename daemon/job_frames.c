@@ -84,9 +84,12 @@ void job_frames_validation(void *arg, enum frame_type type, const json_t *payloa
         live_job_commit(live);
     } else if (type == FRAME_JOB_INVALID) {
         on_invalid(live, payload);
+    } else if (!strcmp(string_or_empty(payload, "code"), error_code_name(ERROR_BUSY))) {
+        live->alone = true;
+        scheduler_run(scheduler);
     } else if (!strcmp(string_or_empty(payload, "code"), error_code_name(ERROR_DEVICE)) &&
                ((lane && lane->job[0]) || ++live->deaths < DEATHS_AT_ONE_STEP)) {
-        live->suspect = true;
+        live->alone = true;
         scheduler_run(scheduler); /* the worker died: another one, or the next, will do it */
     } else {
         live_job_end(live, JOB_FAILED, error_code(payload), string_or_empty(payload, "param"),

@@ -37,8 +37,8 @@ struct live_job {
     bool refused; /* the last row was not taken: it is written again by the retry timer */
     bool ended;   /* the final row is committed */
     bool
-        suspect; /* a worker was lost that trained another job and had this one's validation before it: either may
-                     be the cause, so it is validated again where no job trains */
+        alone; /* validated again where no job trains: beside one there was no room for its model, or the worker was
+                     lost, of which either may be the cause */
     int deaths; /* workers lost while it stood at death_step, or was validated alone */
     int64_t death_step;
     struct waiter *waiters;

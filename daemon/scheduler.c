@@ -73,7 +73,7 @@ static struct worker *pick(const struct scheduler *scheduler, bool for_training,
 
 static void start_validation(struct live_job *live)
 {
-    struct worker *worker = pick(live->scheduler, true, live->suspect);
+    struct worker *worker = pick(live->scheduler, true, live->alone);
     if (!worker)
         return;
     live->validation =

@@ -36,7 +36,7 @@
  *   JOB_PLAN -> JOB_PLANNED | FAILED    before a job is accepted: FAILED with "no_memory" and what would fit when it
  *                                   cannot fit on this device. The files are read where the answer depends on them
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed"}
- *   JOB_VALIDATE -> JOB_VALIDATED | JOB_INVALID
+ *   JOB_VALIDATE -> JOB_VALIDATED | JOB_INVALID | FAILED    "busy": not beside the job that trains here
  *     {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters","seed"}
  *   JOB_START -> JOB_* ... JOB_ENDED
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",

@@ -41,10 +41,14 @@ static int read_order(const json_t *payload, struct job_order *order, struct err
     return 0;
 }
 
+/* ERROR_BUSY where there is no room for the model beside the job that trains: whether there is any, only its end
+ * tells. */
 static int take_model(struct worker *worker, struct job_order *order, struct loaded_model **ret_model,
                       struct error *error)
 {
     int status = loaded_models_get(&worker->models, &order->base, ret_model, error);
+    if (status == ERROR_NO_MEMORY && worker->job.model)
+        status = error->code = ERROR_BUSY;
     if (status)
         return status;
     order->options.model = (*ret_model)->model;
@@ -148,7 +152,7 @@ void worker_job_validate(struct worker *worker, uint64_t id, const json_t *paylo
         status = trainer_inspect(&order.options, &inspection, &bad, &error);
         model->n_holders--;
     }
-    if (status == ERROR_DEVICE) {
+    if (status == ERROR_DEVICE || status == ERROR_BUSY) {
         worker_fail(worker, id, &error);
         return;
     }

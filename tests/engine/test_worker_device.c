@@ -117,13 +117,31 @@ static void load(struct peer *peer, const char *id)
     json_decref(peer_expect(peer, FRAME_LOADED, 1));
 }
 
+/* Run a job; the most memory that the device had given out, and what was planned of it. */
+static int64_t run_job(struct peer *peer, const char *job, const char *data, int64_t *ret_planned)
+{
+    struct job_report report = {0};
+    int64_t most = 0;
+    peer_send(peer, FRAME_JOB_START, 0, start_json(job, data, NULL));
+    for (bool more = true; more;) {
+        struct frame frame = peer_receive(peer);
+        more = job_report_add(&report, &frame, job);
+        if (frame.type == FRAME_JOB_METRICS) {
+            most = integer_of(frame.payload, "peak_memory_bytes");
+            *ret_planned = integer_of(frame.payload, "planned_memory_bytes");
+        }
+        json_decref(frame.payload);
+    }
+    assert_string_equal(report.status, "succeeded");
+    return most;
+}
+
 /* Rather than fail, or recompute, a job takes the room of a model that nobody uses; and afterwards all its memory is
  * back. */
 static void test_idle_models_make_room_for_a_job(void **state)
 {
     (void)state;
     struct peer peer;
-    struct job_report report = {0};
     size_t n_models;
     char data[128];
     write_examples("train.jsonl", data);
@@ -133,17 +151,7 @@ static void test_idle_models_make_room_for_a_job(void **state)
     load(&peer, "twin");
     int64_t both = read_status(&peer, &n_models);
     assert_int_equal(n_models, 2);
-    peer_send(&peer, FRAME_JOB_START, 0, start_json("roomy", data, NULL));
-    int64_t most = 0, planned = 0;
-    for (bool more = true; more;) {
-        struct frame frame = peer_receive(&peer);
-        more = job_report_add(&report, &frame, "roomy");
-        if (frame.type == FRAME_JOB_METRICS) {
-            most = integer_of(frame.payload, "peak_memory_bytes");
-            planned = integer_of(frame.payload, "planned_memory_bytes");
-        }
-        json_decref(frame.payload);
-    }
+    int64_t planned = 0, most = run_job(&peer, "roomy", data, &planned);
     assert_true(most > both && planned > 0 && most - both < planned);
     assert_true(read_status(&peer, &n_models) < both + (both - alone) / 8); /* what ops keep */
     assert_int_equal(n_models, 2);
@@ -152,12 +160,46 @@ static void test_idle_models_make_room_for_a_job(void **state)
     peer_start_small(&peer, most - (1 << 20));
     load(&peer, "hatchling");
     load(&peer, "twin");
-    report = (struct job_report){0};
-    peer_send(&peer, FRAME_JOB_START, 0, start_json("tight", data, NULL));
-    job_report_read(&report, &peer, "tight");
-    assert_string_equal(report.status, "succeeded");
+    run_job(&peer, "tight", data, &planned);
     read_status(&peer, &n_models);
     assert_int_equal(n_models, 1);
+    peer_stop(&peer);
+}
+
+/* Whether a model that has no room beside the job that trains has any is for later to tell, once that is over. */
+static void test_a_model_without_room_beside_a_job_waits(void **state)
+{
+    (void)state;
+    struct peer peer;
+    struct job_report report = {0};
+    char data[128];
+    int64_t planned;
+    write_examples("train.jsonl", data);
+    peer_start(&peer);
+    int64_t most = run_job(&peer, "spacious", data, &planned);
+    peer_stop(&peer);
+
+    peer_start_small(&peer, most + (1 << 20));
+    json_t *start = start_json("crowded", data, NULL), *other = job_json("other", data);
+    json_object_set_new(other, "model", folder_json("twin", model_folder));
+    peer_send(&peer, FRAME_JOB_START, 0, start);
+    peer_send(&peer, FRAME_JOB_VALIDATE, 1, json_incref(other));
+    bool answered = false;
+    for (bool more = true; more;) {
+        struct frame frame = peer_receive(&peer);
+        if (frame.id == 1) {
+            assert_int_equal(frame.type, FRAME_FAILED);
+            assert_string_equal(text_of(frame.payload, "code"), "busy");
+            answered = true;
+        } else {
+            more = job_report_add(&report, &frame, "crowded");
+        }
+        json_decref(frame.payload);
+    }
+    assert_true(answered);
+    assert_string_equal(report.status, "succeeded");
+    peer_send(&peer, FRAME_JOB_VALIDATE, 2, other);
+    json_decref(peer_expect(&peer, FRAME_JOB_VALIDATED, 2));
     peer_stop(&peer);
 }
 
@@ -248,6 +290,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_what_cannot_fit_is_told_beforehand),
         cmocka_unit_test(test_idle_models_make_room_for_a_job),
+        cmocka_unit_test(test_a_model_without_room_beside_a_job_waits),
         cmocka_unit_test(test_a_lost_device_ends_it),
         cmocka_unit_test(test_memory_that_runs_out_ends_it),
         cmocka_unit_test(test_a_device_that_does_not_open_is_told),
