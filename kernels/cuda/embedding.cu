@@ -12,6 +12,7 @@ enum {
     TOKENS_AT_ONCE = 16,
     CHUNK_TOKENS = 64, /* of B's gradient, which a second kernel adds in order */
     CHUNKS_MOST = 256,
+    CHUNKS_BYTES = 128 << 20, /* of all: plans count no scratch */
     SORT_THREADS = 1024,
     SORT_WARPS = SORT_THREADS / WARP,
     DIGIT_BITS = 8,
@@ -429,9 +430,11 @@ static __global__ void b_reduce_kernel(const float *__restrict__ partial, float 
 template <typename T>
 static int backward_b(struct kernel_device *device, const struct embedding_backward_args *a)
 {
-    int64_t chunk_tokens = divide_up(a->tokens, CHUNKS_MOST);
+    int64_t count = a->d_model * a->rank, most = CHUNKS_BYTES / (count * (int64_t)sizeof(float));
+    most = most < 1 ? 1 : most < CHUNKS_MOST ? most : (int64_t)CHUNKS_MOST;
+    int64_t chunk_tokens = divide_up(a->tokens, most);
     chunk_tokens = chunk_tokens > CHUNK_TOKENS ? chunk_tokens : CHUNK_TOKENS;
-    int64_t chunks = divide_up(a->tokens, chunk_tokens), count = a->d_model * a->rank;
+    int64_t chunks = divide_up(a->tokens, chunk_tokens);
     void *partial = NULL;
     int status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(chunks * count) * sizeof(float), &partial);
     if (status != KERNEL_OK)

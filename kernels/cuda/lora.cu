@@ -25,7 +25,8 @@ enum {
     EXPAND_ROWS = 8,  /* of a block */
     OUTER_ROWS_LEAST = 64,
     OUTER_PARTS_MOST = 64,
-    MANY_ROWS = 2048, /* from here a warp a few rows keeps the device busy */
+    OUTER_PARTS_BYTES = 128 << 20, /* of all: plans count no scratch */
+    MANY_ROWS = 2048,              /* from here a warp a few rows keeps the device busy */
 };
 
 struct dropout {
@@ -278,7 +279,9 @@ template <typename T, typename L>
 int outer(struct kernel_device *device, const struct wide &x, const L *low, int64_t rank,
           const struct dropout &d, float scale, float *sum)
 {
-    int64_t part_rows = divide_up(x.rows, OUTER_PARTS_MOST), count = rank * x.columns;
+    int64_t count = rank * x.columns, most = OUTER_PARTS_BYTES / (count * (int64_t)sizeof(float));
+    most = most < 1 ? 1 : most < OUTER_PARTS_MOST ? most : (int64_t)OUTER_PARTS_MOST;
+    int64_t part_rows = divide_up(x.rows, most);
     if (part_rows < OUTER_ROWS_LEAST)
         part_rows = OUTER_ROWS_LEAST;
     int64_t n_parts = divide_up(x.rows, part_rows);
