@@ -208,6 +208,27 @@ static int put_off(struct worker *worker, struct frame *frame, struct error *err
     return 0;
 }
 
+/* A request that is still put off is never begun. Returns false where there is none of that id. */
+static bool cancel_waiting(struct worker *worker, uint64_t id)
+{
+    struct waiting_frame **link = &worker->waiting_first, *previous = NULL, *found;
+    struct error error = {0};
+    while ((found = *link) && found->frame.id != id) {
+        previous = found;
+        link = &found->next;
+    }
+    if (!id || !found)
+        return false;
+    *link = found->next;
+    if (worker->waiting_last == found)
+        worker->waiting_last = previous;
+    error_set(&error, ERROR_CANCELLED, "cancelled");
+    worker_fail(worker, id, &error);
+    json_decref(found->frame.payload);
+    free(found);
+    return true;
+}
+
 static void dispatch(struct worker *worker, struct frame *frame)
 {
     struct error error = {0};
@@ -218,7 +239,8 @@ static void dispatch(struct worker *worker, struct frame *frame)
         worker_complete(worker, frame->id, payload);
         break;
     case FRAME_CANCEL:
-        worker_cancel(worker, frame->id);
+        if (!cancel_waiting(worker, frame->id))
+            worker_cancel(worker, frame->id);
         break;
     case FRAME_LOAD:
         status = answer_load(worker, frame->id, payload, &error);

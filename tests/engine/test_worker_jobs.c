@@ -1,6 +1,7 @@
 /* test_worker_jobs.c: a worker's jobs: checked, trained beside completions, stopped and resumed. */
 #include "peer.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -185,11 +186,32 @@ static void test_the_end_of_the_stream_ends_it(void **state)
     assert_int_not_equal(access(adapter, F_OK), 0);
 }
 
+/* What nobody wants to know any more is not found out, at the cost of the job that trains. */
+static void test_a_validation_is_cancelled_before_it_begins(void **state)
+{
+    (void)state;
+    struct peer peer;
+    char data[128];
+    write_examples("train.jsonl", data);
+    peer_start(&peer);
+    kill(peer.pid, SIGSTOP); /* it finds all of this at once */
+    peer_send(&peer, FRAME_JOB_VALIDATE, 1, job_json("kept", data));
+    peer_send(&peer, FRAME_JOB_VALIDATE, 2, job_json("cancelled", data));
+    peer_send(&peer, FRAME_CANCEL, 2, json_object());
+    peer_send(&peer, FRAME_JOB_VALIDATE, 3, job_json("kept", data));
+    kill(peer.pid, SIGCONT);
+    expect_failed(&peer, 2, "cancelled", NULL);
+    json_decref(peer_expect(&peer, FRAME_JOB_VALIDATED, 1));
+    json_decref(peer_expect(&peer, FRAME_JOB_VALIDATED, 3));
+    peer_stop(&peer);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_validation),
         cmocka_unit_test(test_a_job_alone_in_company_and_interrupted),
+        cmocka_unit_test(test_a_validation_is_cancelled_before_it_begins),
         cmocka_unit_test(test_stopping_a_job),
         cmocka_unit_test(test_the_end_of_the_stream_ends_it),
     };
