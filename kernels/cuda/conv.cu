@@ -10,10 +10,17 @@ namespace
 enum {
     LANE_CHANNELS = 4,
     BLOCK_THREADS = 128,
-    RUN = 32, /* tokens of a thread; each run reads width - 1 more, and the backward twice that */
+    RUN_MOST = 64, /* tokens of a thread; each run reads width - 1 more, and the backward twice that */
+    RUN_LONG_FROM = 1 << 25,
     BATCH = 8,
     WIDTH_MOST = 64,
 };
+
+/* Tokens of a thread's run: long ones where there are threads enough. */
+int64_t run_of(int64_t tokens, int64_t channels)
+{
+    return tokens * channels >= RUN_LONG_FROM ? RUN_MOST : RUN_MOST / 2;
+}
 
 /* A thread's channels of a row as they are in memory. */
 template <typename T> struct alignas(LANE_CHANNELS * sizeof(T)) lane_row {
@@ -44,13 +51,22 @@ template <int WIDTH> struct taps {
 
     __device__ __forceinline__ taps(const float *w, const float *b, int64_t c)
     {
+        constexpr int COUNT = WIDTH * LANE_CHANNELS;
+        float all[COUNT]; /* a channel's taps are neighbours */
+        static_assert(LANE_CHANNELS == 4, "16 bytes of each");
 #pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; i++) {
-            bias[i] = b != NULL ? b[c + i] : 0.0f;
+        for (int i = 0; i < COUNT; i += 4) {
+            const float4 v = *reinterpret_cast<const float4 *>(w + c * WIDTH + i);
+            all[i] = v.x, all[i + 1] = v.y, all[i + 2] = v.z, all[i + 3] = v.w;
+        }
+        const float4 v =
+            b != NULL ? *reinterpret_cast<const float4 *>(b + c) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        bias[0] = v.x, bias[1] = v.y, bias[2] = v.z, bias[3] = v.w;
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; i++)
 #pragma unroll
             for (int k = 0; k < WIDTH; k++)
-                weight[k][i] = w[(c + i) * WIDTH + k];
-        }
+                weight[k][i] = all[i * WIDTH + k];
     }
     __device__ __forceinline__ float apply(const float (&window)[WIDTH][LANE_CHANNELS], int i) const
     {
@@ -88,10 +104,10 @@ __device__ __forceinline__ void step_forward(const taps<WIDTH> &w, const struct 
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(BLOCK_THREADS) forward_kernel(struct conv_forward_args a)
+__global__ void __launch_bounds__(BLOCK_THREADS) forward_kernel(struct conv_forward_args a, int64_t run)
 {
     int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
-    int64_t t = (int64_t)blockIdx.x * RUN, last = min(t + RUN, a.tokens);
+    int64_t t = (int64_t)blockIdx.x * run, last = min(t + run, a.tokens);
     if (c >= a.channels)
         return;
     const taps<WIDTH> w(a.weight, a.bias, c);
@@ -234,14 +250,15 @@ __device__ __forceinline__ void store_gradient(const taps<WIDTH> &w, const struc
     *reinterpret_cast<struct lane_row<T> *>(to) = dx;
 }
 
-/* Tokens first .. first+RUN-1 of the inputs' gradient, and those outputs' part in the gradients of weight and bias. At
+/* Tokens first .. first+run-1 of the inputs' gradient, and those outputs' part in the gradients of weight and bias. At
  * the run's end the walk goes on for the width - 1 tokens whose outputs read the run's last inputs, or with zeros where
  * the sequence ends. parts: [runs][width + 1][channels], if SUMS. */
 template <typename T, int WIDTH, bool SUMS>
-__global__ void __launch_bounds__(BLOCK_THREADS) backward_kernel(struct conv_backward_args a, float *parts)
+__global__ void __launch_bounds__(BLOCK_THREADS)
+    backward_kernel(struct conv_backward_args a, int64_t run, float *parts)
 {
     int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
-    int64_t first = (int64_t)blockIdx.x * RUN, last = min(first + RUN, a.tokens), t = first;
+    int64_t first = (int64_t)blockIdx.x * run, last = min(first + run, a.tokens), t = first;
     if (c >= a.channels)
         return;
     const taps<WIDTH> w(a.weight, a.bias, c);
@@ -319,13 +336,14 @@ __device__ float slope_any(const struct conv_backward_args &a, int64_t t, int64_
 
 /* Any width: one channel's run a thread, the pre-activations' gradients of the run and width - 1 more in local
  * memory. */
-template <typename T> __global__ void backward_any_kernel(struct conv_backward_args a, float *parts)
+template <typename T>
+__global__ void backward_any_kernel(struct conv_backward_args a, int64_t run, float *parts)
 {
     int64_t c = (int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x;
-    int64_t first = (int64_t)blockIdx.x * RUN, last = min(first + RUN, a.tokens);
+    int64_t first = (int64_t)blockIdx.x * run, last = min(first + run, a.tokens);
     if (c >= a.channels)
         return;
-    float slope[RUN + WIDTH_MOST];
+    float slope[RUN_MOST + WIDTH_MOST];
     int32_t s = part_of(a.seq_starts, a.n_seqs, first);
     int64_t end = min(last + a.width - 1, a.tokens);
     for (int64_t t = first; t < end; t++) {
@@ -384,6 +402,12 @@ __global__ void add_parts_kernel(const float *parts, int64_t n_parts, int64_t st
     out[i] += sum;
 }
 
+/* Whether the parameters may be read 16 bytes at a time, of LANE_CHANNELS channels together. */
+bool taps_aligned(const float *weight, const float *bias, int64_t channels)
+{
+    return channels % LANE_CHANNELS == 0 && (uintptr_t)weight % 16 == 0 && (uintptr_t)bias % 16 == 0;
+}
+
 bool all_singles(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)
 {
     if (tokens != n_seqs)
@@ -396,14 +420,15 @@ bool all_singles(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)
 
 template <typename T> void forward_launch(cudaStream_t stream, const struct conv_forward_args &a, bool whole)
 {
-    dim3 grid((unsigned)divide_up(a.tokens, RUN),
+    int64_t run = run_of(a.tokens, a.channels);
+    dim3 grid((unsigned)divide_up(a.tokens, run),
               (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
     if (whole && a.width == 2)
-        forward_kernel<T, 2><<<grid, BLOCK_THREADS, 0, stream>>>(a);
+        forward_kernel<T, 2><<<grid, BLOCK_THREADS, 0, stream>>>(a, run);
     else if (whole && a.width == 3)
-        forward_kernel<T, 3><<<grid, BLOCK_THREADS, 0, stream>>>(a);
+        forward_kernel<T, 3><<<grid, BLOCK_THREADS, 0, stream>>>(a, run);
     else if (whole && a.width == 4)
-        forward_kernel<T, 4><<<grid, BLOCK_THREADS, 0, stream>>>(a);
+        forward_kernel<T, 4><<<grid, BLOCK_THREADS, 0, stream>>>(a, run);
     else
         forward_any_kernel<T><<<dim3((unsigned)a.tokens, (unsigned)divide_up(a.channels, BLOCK_THREADS)),
                                 BLOCK_THREADS, 0, stream>>>(a);
@@ -412,17 +437,19 @@ template <typename T> void forward_launch(cudaStream_t stream, const struct conv
 template <typename T, int WIDTH>
 void backward_launch_width(cudaStream_t stream, const struct conv_backward_args &a, float *parts)
 {
-    dim3 grid((unsigned)divide_up(a.tokens, RUN),
+    int64_t run = run_of(a.tokens, a.channels);
+    dim3 grid((unsigned)divide_up(a.tokens, run),
               (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
     if (parts != NULL)
-        backward_kernel<T, WIDTH, true><<<grid, BLOCK_THREADS, 0, stream>>>(a, parts);
+        backward_kernel<T, WIDTH, true><<<grid, BLOCK_THREADS, 0, stream>>>(a, run, parts);
     else
-        backward_kernel<T, WIDTH, false><<<grid, BLOCK_THREADS, 0, stream>>>(a, NULL);
+        backward_kernel<T, WIDTH, false><<<grid, BLOCK_THREADS, 0, stream>>>(a, run, NULL);
 }
 
 template <typename T>
 void backward_launch(cudaStream_t stream, const struct conv_backward_args &a, float *parts, bool whole)
 {
+    int64_t run = run_of(a.tokens, a.channels);
     if (whole && a.width == 2)
         backward_launch_width<T, 2>(stream, a, parts);
     else if (whole && a.width == 3)
@@ -431,8 +458,8 @@ void backward_launch(cudaStream_t stream, const struct conv_backward_args &a, fl
         backward_launch_width<T, 4>(stream, a, parts);
     else
         backward_any_kernel<T>
-            <<<dim3((unsigned)divide_up(a.tokens, RUN), (unsigned)divide_up(a.channels, BLOCK_THREADS)),
-               BLOCK_THREADS, 0, stream>>>(a, parts);
+            <<<dim3((unsigned)divide_up(a.tokens, run), (unsigned)divide_up(a.channels, BLOCK_THREADS)),
+               BLOCK_THREADS, 0, stream>>>(a, run, parts);
 }
 
 } // namespace
@@ -460,7 +487,7 @@ int cuda_conv_forward(struct kernel_device *device, const struct conv_forward_ar
     if (a.n_seqs == 0 || a.channels == 0)
         return KERNEL_OK;
     bool singles = all_singles(a.seq_starts, a.n_seqs, a.tokens);
-    bool whole = a.channels % LANE_CHANNELS == 0 && rows_aligned(a.x, a.x_stride, a.act) &&
+    bool whole = taps_aligned(a.weight, a.bias, a.channels) && rows_aligned(a.x, a.x_stride, a.act) &&
                  rows_aligned(a.y, a.y_stride, a.act);
     status = cuda_stage_array(device, a.seq_starts, a.n_seqs + 1, &a.seq_starts);
     if (status == KERNEL_OK)
@@ -494,9 +521,9 @@ int cuda_conv_backward(struct kernel_device *device, const struct conv_backward_
         return KERNEL_UNSUPPORTED;
     if (a.tokens == 0 || a.channels == 0)
         return KERNEL_OK;
-    bool whole = a.channels % LANE_CHANNELS == 0 && rows_aligned(a.x, a.x_stride, a.act) &&
+    bool whole = taps_aligned(a.weight, a.bias, a.channels) && rows_aligned(a.x, a.x_stride, a.act) &&
                  rows_aligned(a.dy, a.dy_stride, a.act) && rows_aligned(a.dx, a.dx_stride, a.act);
-    int64_t runs = divide_up(a.tokens, RUN), run_floats = (a.width + 1) * a.channels;
+    int64_t runs = divide_up(a.tokens, run_of(a.tokens, a.channels)), run_floats = (a.width + 1) * a.channels;
     void *parts = NULL;
     if (a.dweight != NULL || a.dbias != NULL)
         status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(runs * run_floats) * sizeof(float), &parts);
