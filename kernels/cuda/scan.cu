@@ -15,6 +15,23 @@ template <typename T, int OWN> struct own_tokens {
     T x[OWN], dt[OWN], z[OWN];
 };
 
+/* And once they are needed. Tokens past the end, of which `left` may leave some, have delta 0: they leave the state as
+ * it is. */
+template <int OWN> struct own_inputs {
+    float delta[OWN], x[OWN], z[OWN];
+
+    template <typename T>
+    __device__ __forceinline__ own_inputs(const struct own_tokens<T, OWN> &in, float bias, int left)
+    {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            delta[i] = (i < left ? 1.0f : 0.0f) * softplus(to_float(in.dt[i]) + bias);
+            x[i] = to_float(in.x[i]);
+            z[i] = to_float(in.z[i]);
+        }
+    }
+};
+
 /* Where a lane's next token to load is, and the next to store. */
 template <typename T> struct cursor {
     const T *x, *dt, *z;
@@ -114,8 +131,11 @@ __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
     /* A thread without a channel has no tokens, but takes part in what a block does together. */
     int length = (int)(span.end - span.begin), own_length = active ? length - lane * OWN : 0;
     struct cursor<T> at(a, span.begin + lane * OWN, c);
-    struct own_tokens<T, OWN> next;
+    struct own_tokens<T, OWN> next = {
+    };
     load_own<T, OWN, LOCAL>(a, own_length, &at, &next);
+    struct own_inputs<OWN> now(next, bias, own_length);
+    load_own<T, OWN, LOCAL>(a, own_length - QUAD, &at, &next);
     struct tile_part<T, SHAPE, WHOLE> part(a, span.begin);
     part.load(length);
     part.store(tiles[0]);
@@ -128,18 +148,15 @@ __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
         part.load(length - t0 - TILE);
 #pragma unroll 1
         for (int q = 0; q < TILE; q += QUAD) {
-            const struct own_tokens<T, OWN> now = next;
+            /* The next quad's delta depend on nothing here: they are made while this one's states wait. */
             int left = own_length - t0 - q;
-            load_own<T, OWN, LOCAL>(a, left - QUAD, &at, &next);
-            /* Tokens past the end have delta 0: they leave the state as it is. */
-            float delta[OWN], sums[QUAD];
-#pragma unroll
-            for (int i = 0; i < OWN; i++)
-                delta[i] = (i < left ? 1.0f : 0.0f) * softplus(to_float(now.dt[i]) + bias);
+            const struct own_inputs<OWN> soon(next, bias, left - QUAD);
+            load_own<T, OWN, LOCAL>(a, left - 2 * QUAD, &at, &next);
+            float sums[QUAD];
 #pragma unroll
             for (int j = 0; j < QUAD; j++) {
                 const float *row = tiles[buffer][q + j];
-                float b[S], cs[S], d = delta[j % OWN], u = d * to_float(now.x[j % OWN]), sum[2] = {};
+                float b[S], cs[S], d = now.delta[j % OWN], u = d * now.x[j % OWN], sum[2] = {};
                 load_shared(row + n0, b);
                 if (!LOCAL)
                     load_shared(row + SHAPE::STATES + n0, cs);
@@ -161,12 +178,13 @@ __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
                 reduce_scatter<QUAD, LANES, SHAPE::LANE_STEP>(sums, warp_lane);
 #pragma unroll
                 for (int i = 0; i < OWN; i++) {
-                    float y = fmaf(skip, to_float(now.x[i]), sums[i]) * silu(to_float(now.z[i]));
+                    float y = fmaf(skip, now.x[i], sums[i]) * silu(now.z[i]);
                     if (i < left)
                         *at.y = from_float<T>(y);
                     at.y += (i == OWN - 1 ? QUAD - OWN + 1 : 1) * a.y_stride;
                 }
             }
+            now = soon;
         }
         part.store(tiles[1 - buffer]);
         __syncthreads();

@@ -290,72 +290,112 @@ __device__ __forceinline__ void step_group(const shared_memory<SHAPE> &m, int fi
     }
 }
 
-/* One group of tokens, forward from h, and back. RATES: dA is wanted. */
+/* What a thread needs of a pair of tokens. */
+template <typename SHAPE> struct pair_inputs {
+    float input[2], dout[2], delta[2], b[2][SHAPE::LANE_STATES], c[2][SHAPE::LANE_STATES];
+
+    __device__ __forceinline__ void load(const shared_memory<SHAPE> &m, int t0, int place, int n0)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const struct entry v = m.entries[t0 + i][place];
+            input[i] = v.input, dout[i] = v.dout, delta[i] = v.delta;
+            load_shared(&m.bc[t0 + i][n0], b[i]);
+            load_shared(&m.bc[t0 + i][SHAPE::STATES + n0], c[i]);
+        }
+    }
+};
+
+/* The sums over the states of LANES tokens of a group, from `first` on: a lane has that of its own. */
+template <int LANES, int STEP>
+__device__ __forceinline__ float sum_states(const float (&v)[GROUP], int first, int warp_lane)
+{
+    float sums[LANES];
+#pragma unroll
+    for (int i = 0; i < LANES; i++)
+        sums[i] = v[first + i];
+    reduce_scatter<LANES, LANES, STEP>(sums, warp_lane);
+    return sums[0];
+}
+
+/* One group of tokens, forward from h, and back. A pair's sums are stored after the loads and the arithmetic of the next
+ * pair, so that neither waits for them. RATES: dA is wanted. */
 template <typename SHAPE, bool EXACT, bool RATES>
 __device__ __forceinline__ void run_group(shared_memory<SHAPE> &m, int first, int place, int lane,
                                           const float (&rate)[SHAPE::LANE_STATES], const float (&ones)[8],
                                           float (&h)[SHAPE::LANE_STATES], struct carried<SHAPE> *k)
 {
-    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES;
+    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES, STEP = SHAPE::LANE_STEP, PAIRS = GROUP / 2;
     static_assert(S == 8 && GROUP % LANES == 0, "a token's sums are half of sum_quads' columns");
     int n0 = lane * S, warp_lane = threadIdx.x % WARP;
-    float decay[GROUP][S], before[GROUP][S], sums[4], outs[LANES];
+    float decay[GROUP][S], before[GROUP][S], sums[PAIRS][4] = {}, outs[GROUP];
+    struct pair_inputs<SHAPE> now;
+    now.load(m, first, place, n0);
 #pragma unroll
-    for (int t = 0; t < GROUP; t++) {
-        const struct entry v = m.entries[first + t][place];
-        float b[S], c[S], dc[S], out[2] = {};
-        load_shared(&m.bc[first + t][n0], b);
-        load_shared(&m.bc[first + t][SHAPE::STATES + n0], c);
+    for (int p = 0; p <= PAIRS; p++) {
+        if (p < PAIRS) {
 #pragma unroll
-        for (int i = 0; i < S; i++) {
-            decay[t][i] = exp2_fast(v.delta * rate[i]);
-            before[t][i] = h[i];
-            h[i] = fmaf(decay[t][i], h[i], v.input * b[i]);
-            out[i % 2] = fmaf(c[i], h[i], out[i % 2]); /* two chains are half as long */
-            dc[i] = v.dout * h[i];
+            for (int j = 0; j < 2; j++) {
+                int t = 2 * p + j;
+                float dc[S], out[2] = {}; /* two chains are half as long */
+#pragma unroll
+                for (int i = 0; i < S; i++) {
+                    decay[t][i] = exp2_fast(now.delta[j] * rate[i]);
+                    before[t][i] = h[i];
+                    h[i] = fmaf(decay[t][i], h[i], now.input[j] * now.b[j][i]);
+                    out[i % 2] = fmaf(now.c[j][i], h[i], out[i % 2]);
+                    dc[i] = now.dout[j] * h[i];
+                }
+                sum_quads<EXACT>(dc, j * 4, ones, sums[p]);
+                outs[t] = out[0] + out[1];
+            }
+            if (p + 1 < PAIRS)
+                now.load(m, first + 2 * p + 2, place, n0);
         }
-        if (t % 2 == 0)
-            sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
-        sum_quads<EXACT>(dc, t % 2 * 4, ones, sums);
-        if (t % 2 == 1)
-            m.sums[1][t / 2][threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-        outs[t % LANES] = out[0] + out[1];
-        if (t % LANES == LANES - 1) {
-            reduce_scatter<LANES, LANES, SHAPE::LANE_STEP>(outs, warp_lane);
-            m.entries[first + t - (LANES - 1) + lane][place].out = outs[0];
+        if (p > 0) {
+            float(&done)[4] = sums[p - 1];
+            m.sums[1][p - 1][threadIdx.x] = make_float4(done[0], done[1], done[2], done[3]);
+            if (2 * p % LANES == 0)
+                m.entries[first + 2 * p - LANES + lane][place].out =
+                    sum_states<LANES, STEP>(outs, 2 * p - LANES, warp_lane);
         }
     }
-    float inputs[LANES], throughs[LANES];
+    float inputs[GROUP], throughs[GROUP];
 #pragma unroll
-    for (int t = GROUP - 1; t >= 0; t--) {
-        const struct entry *v = &m.entries[first + t][place];
-        float2 pair = *reinterpret_cast<const float2 *>(v); /* input, dout */
-        float b[S], c[S], db[S], input_sum[2] = {}, through_sum[2] = {};
-        load_shared(&m.bc[first + t][n0], b);
-        load_shared(&m.bc[first + t][SHAPE::STATES + n0], c);
+    for (int p = PAIRS - 1; p >= -1; p--) {
+        if (p >= 0) {
+            sums[p][0] = sums[p][1] = sums[p][2] = sums[p][3] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < S; i++) {
-            float whole = fmaf(c[i], pair.y, k->gradient[i]);
-            db[i] = whole * pair.x;
-            input_sum[i % 2] = fmaf(whole, b[i], input_sum[i % 2]);
-            k->gradient[i] = whole * decay[t][i];
-            float through = k->gradient[i] * before[t][i];
-            through_sum[i % 2] = fmaf(through, rate[i], through_sum[i % 2]);
-            if (RATES)
-                k->rate_sum[i] = fmaf(through, v->delta, k->rate_sum[i]);
+            for (int j = 1; j >= 0; j--) {
+                int t = 2 * p + j;
+                float db[S], input_sum[2] = {}, through_sum[2] = {};
+#pragma unroll
+                for (int i = 0; i < S; i++) {
+                    float whole = fmaf(now.c[j][i], now.dout[j], k->gradient[i]);
+                    db[i] = whole * now.input[j];
+                    input_sum[i % 2] = fmaf(whole, now.b[j][i], input_sum[i % 2]);
+                    k->gradient[i] = whole * decay[t][i];
+                    float through = k->gradient[i] * before[t][i];
+                    through_sum[i % 2] = fmaf(through, rate[i], through_sum[i % 2]);
+                    if (RATES)
+                        k->rate_sum[i] = fmaf(through, now.delta[j], k->rate_sum[i]);
+                }
+                sum_quads<EXACT>(db, j * 4, ones, sums[p]);
+                inputs[t] = input_sum[0] + input_sum[1];
+                throughs[t] = through_sum[0] + through_sum[1];
+            }
+            if (p > 0)
+                now.load(m, first + 2 * p - 2, place, n0);
         }
-        if (t % 2 == 1)
-            sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
-        sum_quads<EXACT>(db, t % 2 * 4, ones, sums);
-        if (t % 2 == 0)
-            m.sums[0][t / 2][threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-        inputs[t % LANES] = input_sum[0] + input_sum[1];
-        throughs[t % LANES] = through_sum[0] + through_sum[1];
-        if (t % LANES == 0) {
-            reduce_scatter<LANES, LANES, SHAPE::LANE_STEP>(inputs, warp_lane);
-            reduce_scatter<LANES, LANES, SHAPE::LANE_STEP>(throughs, warp_lane);
-            *reinterpret_cast<float2 *>(&m.entries[first + t + lane][place]) =
-                make_float2(inputs[0], throughs[0]);
+        if (p + 1 < PAIRS) {
+            float(&done)[4] = sums[p + 1];
+            m.sums[0][p + 1][threadIdx.x] = make_float4(done[0], done[1], done[2], done[3]);
+            if (2 * (p + 1) % LANES == 0) {
+                float input = sum_states<LANES, STEP>(inputs, 2 * (p + 1), warp_lane);
+                float through = sum_states<LANES, STEP>(throughs, 2 * (p + 1), warp_lane);
+                *reinterpret_cast<float2 *>(&m.entries[first + 2 * (p + 1) + lane][place]) =
+                    make_float2(input, through);
+            }
         }
     }
 }
