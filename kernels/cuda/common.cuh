@@ -105,7 +105,8 @@ int cuda_check_blas(struct kernel_device *device, cublasStatus_t code);
 /* The status of the launches since the last call. */
 int cuda_launched(struct kernel_device *device);
 /* A copy of a host array on the device, 256-byte aligned, good for what is queued before the op returns. The host array
- * may change as soon as this returns. bytes 0 gives a valid pointer. */
+ * may change as soon as this returns. bytes 0 gives a valid pointer. An op asks twice at most: there are two halves, and
+ * a third array could take the place of the first. */
 int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device);
 /* The same for what many ops in a row are handed (boundaries, slots, slices): one of the last CUDA_CACHED_COUNT arrays
  * with the same contents is there already, and nothing is copied. An op asks for fewer than that many. */

@@ -684,6 +684,9 @@ int launch(struct kernel_device *device, const struct scan_backward_args &a, con
 {
     using local_shape = scan_shape<SHAPE::LANE_STATES * 2, SHAPE::LANES / 2, 128, 4>;
     float *workspace = (float *)a.workspace, *gradients = NULL;
+    int bytes = (int)sizeof(shared_memory<SHAPE>);
+    if (bytes > device->shared_bytes)
+        return KERNEL_UNSUPPORTED;
     if (spans.split) {
         gradients = workspace + l.gradients;
         dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, local_shape::CHANNELS));
@@ -694,7 +697,6 @@ int launch(struct kernel_device *device, const struct scan_backward_args &a, con
         scan_carry_kernel<true><<<carries, SUM_THREADS, 0, device->stream>>>(
             spans, a.a, a.channels, a.d_state, none, workspace + l.deltas, gradients);
     }
-    int bytes = (int)sizeof(shared_memory<SHAPE>);
     int status = cuda_check(device, cudaFuncSetAttribute(backward_kernel<T, SHAPE, WHOLE, SUMS>,
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     if (status != KERNEL_OK)
