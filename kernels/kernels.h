@@ -310,6 +310,48 @@ struct scan_prepare_args {
     float *a;           /* [d_state,channels] */
 };
 
+/* ---- one step of Mamba-1 ---- */
+
+/* One token of each of `rows` sequences through a whole model, from ids to logits, as one op: at one token a sequence
+ * the ops above are so short that the gaps between them would cost more than they do. The same formulas as theirs, with
+ * x_dbl = dt_low | B | C. Backends answer KERNEL_UNSUPPORTED where they have no such path for the types, sizes or rows,
+ * and a backend without any leaves mamba_step NULL: then the ops do it. */
+struct mamba_step_layer {
+    const float *norm;                                 /* [d_model] */
+    const void *in_proj, *x_proj, *dt_proj, *out_proj; /* of `type` */
+    const float *in_bias, *out_bias;                   /* or NULL */
+    const float *conv, *conv_bias;                     /* [d_inner,d_conv], [d_inner] or NULL */
+    const float *a, *d, *dt_bias;                      /* as scan_forward's */
+};
+/* The LoRA factors of one layer, or NULL where it is not adapted. */
+struct mamba_step_lora {
+    const float *in_a, *in_b, *x_a, *x_b, *dt_a, *dt_b, *out_a, *out_b;
+};
+struct mamba_step_adapter {
+    int64_t rank;
+    float scale;
+    const float *embed_a, *embed_b;       /* [rank,vocab] and [d_model,rank], or NULL */
+    const struct mamba_step_lora *layers; /* [n_layers], host memory */
+};
+struct mamba_step_args {
+    int64_t rows, d_model, d_inner, d_state, d_conv, dt_rank, n_layers, vocab;
+    float eps;
+    enum kernel_type type;                     /* of the matrices, the embeddings and the head */
+    const void *embedding, *head;              /* [vocab,d_model] */
+    const float *norm_f;                       /* [d_model] */
+    const struct mamba_step_layer *layers;     /* [n_layers], host memory */
+    const struct mamba_step_adapter *adapters; /* [n_adapters], host memory */
+    int32_t n_adapters;
+    const int32_t *ids, *slots;  /* [rows], host memory; each id in 0..vocab-1, all slots different */
+    const int32_t *row_adapters; /* [rows], host memory: index of the row's adapter, -1 = none; or NULL */
+    float *
+        states; /* a slot's, layer after layer: the convolution's [d_conv-1,d_inner], the scan's [d_state,d_inner] */
+    int64_t slot_stride;
+    void *hidden;  /* [rows,d_model] out, after the final norm, of `type` */
+    float *logits; /* [rows,vocab] out */
+    void *workspace;
+};
+
 /* ---- head, loss, scores ---- */
 
 /* logits = hidden W^T, in row chunks, never [T,vocab] at once. targets[t] < 0: ignored, its outputs are 0.
@@ -452,6 +494,9 @@ struct kernel_ops {
     int (*scan_forward)(struct kernel_device *, const struct scan_forward_args *);
     int64_t (*scan_backward_workspace)(int64_t tokens, int64_t channels, int64_t d_state, int32_t n_seqs);
     int (*scan_backward)(struct kernel_device *, const struct scan_backward_args *);
+    /* NULL where there is none. The workspace belongs to one caller, who neither frees nor writes it between steps. */
+    int64_t (*mamba_step_workspace)(const struct mamba_step_args *);
+    int (*mamba_step)(struct kernel_device *, const struct mamba_step_args *);
     int64_t (*head_workspace)(int64_t rows, int64_t d_model, int64_t vocab, bool backward);
     int (*head)(struct kernel_device *, const struct head_args *);
     int (*adamw)(struct kernel_device *, const struct adamw_args *);

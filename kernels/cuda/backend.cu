@@ -36,6 +36,8 @@ static struct kernel_ops make_ops(void)
     ops.scan_forward = cuda_scan_forward;
     ops.scan_backward_workspace = cuda_scan_backward_workspace;
     ops.scan_backward = cuda_scan_backward;
+    ops.mamba_step_workspace = cuda_mamba_step_workspace;
+    ops.mamba_step = cuda_mamba_step;
     ops.head_workspace = cuda_head_workspace;
     ops.head = cuda_head;
     ops.adamw = cuda_adamw;

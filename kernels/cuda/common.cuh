@@ -88,6 +88,7 @@ struct kernel_device {
     void *results; /* see cuda_results */
     size_t results_bytes;
     uint64_t uses_of_cache;
+    struct cuda_steps *steps; /* step.cu's, NULL before the first step */
     struct cuda_allocation *allocations;
     int64_t allocated_bytes, peak_bytes;
     cudaEvent_t *marks; /* [KERNEL_MARKS], each NULL until it is used; marks.cu */
@@ -313,6 +314,9 @@ int cuda_scan_prepare(struct kernel_device *device, const struct scan_prepare_ar
 int cuda_scan_forward(struct kernel_device *device, const struct scan_forward_args *a);
 int64_t cuda_scan_backward_workspace(int64_t tokens, int64_t channels, int64_t d_state, int32_t n_seqs);
 int cuda_scan_backward(struct kernel_device *device, const struct scan_backward_args *a);
+int64_t cuda_mamba_step_workspace(const struct mamba_step_args *a);
+int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *a);
+void cuda_steps_close(struct kernel_device *device);
 int64_t cuda_head_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool backward);
 int cuda_head(struct kernel_device *device, const struct head_args *a);
 int cuda_adamw(struct kernel_device *device, const struct adamw_args *a);

@@ -202,6 +202,7 @@ void cuda_device_close(struct kernel_device *device)
     (void)cudaSetDevice(device->index);
     if (device->stream != NULL)
         (void)cudaStreamSynchronize(device->stream);
+    cuda_steps_close(device);
     if (device->blas != NULL)
         (void)device->cublas->destroy(device->blas);
     for (int i = 0; i < 2; i++) {

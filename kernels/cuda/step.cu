@@ -1,0 +1,539 @@
+/* step.cu: mamba_step: checks, the buffers of a step, the chain of its kernels, and the graphs that replay it.
+ *
+ * A plan belongs to one model with its buffers: all that the kernels' arguments depend on. What changes from step to
+ * step (ids, slots, which rows use which adapter) lies in device memory, so a plan needs one graph for each of a few
+ * numbers of rows, with adapters and without. The first step of a kind is launched kernel by kernel, which also lets
+ * libraries load what they need; the second is captured. A plan whose weights or buffers are no longer there is never
+ * found again and goes when others need its place. */
+#include "kernels/cuda/step.cuh"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { PLANS = 8, FEW_ROWS = 8, BUCKETS = 4 /* of 8, 16, 32, 64 rows */, ALIGNMENT = 256 };
+
+struct graph_slot {
+    cudaGraphExec_t exec;
+    bool used;
+};
+
+struct step_plan {
+    struct mamba_step_args args; /* without what changes; layers is the plan's own */
+    struct mamba_step_layer *layers;
+    struct step_lora *adapters; /* what is in the workspace's table */
+    uint64_t used;
+    struct graph_slot graphs[BUCKETS][2];
+};
+
+struct cuda_steps {
+    struct step_plan *plans[PLANS];
+    uint64_t uses;
+    struct step_header *header; /* pinned */
+    cudaEvent_t read;           /* behind the last step that reads it */
+};
+
+/* ---- buffers ---- */
+
+/* The parts of the workspace. */
+struct step_buffers {
+    struct step_header *header;
+    struct step_lora *adapters; /* [n_layers+1][STEP_ADAPTERS] */
+    float *r, *z, *x_dbl;
+    step_type *h, *xc, *y;
+    float *squares, *u[3]; /* u: for in_proj, x_proj, out_proj */
+    int64_t bytes;
+};
+
+enum { U_IN, U_X, U_OUT };
+
+static void *carve(char *base, int64_t *at, int64_t bytes)
+{
+    void *here = base + *at;
+    *at += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return here;
+}
+
+static struct step_buffers lay_out(const struct mamba_step_args *a, void *workspace)
+{
+    struct step_buffers b = {};
+    char *base = (char *)workspace;
+    int64_t *at = &b.bytes, width = a->dt_rank + 2 * a->d_state, f = sizeof(float), t = sizeof(step_type);
+    int64_t part = STEP_ROWS * f, in_parts = divide_up(a->d_model, 16), x_parts = divide_up(a->d_inner, 16);
+    b.header = (struct step_header *)carve(base, at, sizeof(struct step_header));
+    b.adapters = (struct step_lora *)carve(
+        base, at, (a->n_layers + 1) * STEP_ADAPTERS * (int64_t)sizeof(struct step_lora));
+    b.r = (float *)carve(base, at, STEP_ROWS * a->d_model * f);
+    b.h = (step_type *)carve(base, at, STEP_ROWS * a->d_model * t);
+    b.xc = (step_type *)carve(base, at, STEP_ROWS * a->d_inner * t);
+    b.z = (float *)carve(base, at, STEP_ROWS * a->d_inner * f);
+    b.x_dbl = (float *)carve(base, at, STEP_ROWS * width * f);
+    b.y = (step_type *)carve(base, at, STEP_ROWS * a->d_inner * t);
+    b.squares = (float *)carve(base, at, in_parts * part);
+    b.u[U_IN] = (float *)carve(base, at, in_parts * part * STEP_RANK);
+    b.u[U_X] = (float *)carve(base, at, x_parts * part * STEP_RANK);
+    b.u[U_OUT] = (float *)carve(base, at, x_parts * part * STEP_RANK);
+    return b;
+}
+
+int64_t cuda_mamba_step_workspace(const struct mamba_step_args *a)
+{
+    return lay_out(a, NULL).bytes;
+}
+
+/* ---- the chain ---- */
+
+/* One layer's row of the table of adapters; NULL without them. */
+static const struct step_lora *lora_of(const struct step_buffers *b, bool adapted, int64_t layer)
+{
+    return adapted ? b->adapters + layer * STEP_ADAPTERS : NULL;
+}
+
+struct chain {
+    struct kernel_device *device;
+    const struct mamba_step_args *a;
+    struct step_buffers b;
+    int rows; /* of the bucket */
+    bool adapted;
+};
+
+static int emit_layer(const struct chain *chain, int64_t layer, struct step_parts squares,
+                      struct step_parts u_in)
+{
+    const struct mamba_step_args *a = chain->a;
+    const struct mamba_step_layer *l = &a->layers[layer];
+    const struct step_buffers *b = &chain->b;
+    const int d = (int)a->d_model, c = (int)a->d_inner, width = (int)(a->dt_rank + 2 * a->d_state);
+    const struct step_lora *lora = lora_of(b, chain->adapted, layer);
+    float *states = a->states + layer * (STEP_CONV - 1 + STEP_STATE) * a->d_inner;
+
+    struct step_linear in = {};
+    in.header = b->header;
+    in.weight = (const step_type *)l->in_proj;
+    in.x = b->h;
+    in.bias = l->in_bias;
+    in.m = 2 * c;
+    in.k = d;
+    in.first = layer == 0;
+    in.eps = a->eps;
+    in.squares = squares;
+    in.lora = in.next_lora = lora;
+    in.u = u_in;
+    in.next_u = {b->u[U_X], step_linear_tiles(STEP_MODE_IN, c, chain->rows)};
+    in.inner = c;
+    in.conv = l->conv;
+    in.conv_bias = l->conv_bias;
+    in.states = states;
+    in.slot_stride = a->slot_stride;
+    in.xc = b->xc;
+    in.z = b->z;
+    int status = step_launch_linear(chain->device, STEP_MODE_IN, &in, chain->rows);
+
+    struct step_linear x = {};
+    x.header = b->header;
+    x.weight = (const step_type *)l->x_proj;
+    x.x = b->xc;
+    x.m = width;
+    x.k = c;
+    x.lora = lora;
+    x.u = in.next_u;
+    x.y = b->x_dbl;
+    if (status == KERNEL_OK)
+        status = step_launch_linear(chain->device, STEP_MODE_X, &x, chain->rows);
+
+    struct step_scan scan = {};
+    scan.header = b->header;
+    scan.inner = c;
+    scan.rank = (int)a->dt_rank;
+    scan.width = width;
+    scan.dt_proj = (const step_type *)l->dt_proj;
+    scan.a = l->a;
+    scan.d = l->d;
+    scan.dt_bias = l->dt_bias;
+    scan.states = states + (STEP_CONV - 1) * a->d_inner;
+    scan.slot_stride = a->slot_stride;
+    scan.xc = b->xc;
+    scan.x_dbl = b->x_dbl;
+    scan.z = b->z;
+    scan.y = b->y;
+    scan.lora = lora;
+    scan.next_u = {b->u[U_OUT], c / STEP_SCAN_CHANNELS};
+    if (status == KERNEL_OK)
+        status = step_launch_scan(chain->device, &scan, chain->rows);
+
+    bool last = layer + 1 == a->n_layers;
+    struct step_linear out = {};
+    out.header = b->header;
+    out.weight = (const step_type *)l->out_proj;
+    out.x = b->y;
+    out.bias = l->out_bias;
+    out.m = d;
+    out.k = c;
+    out.lora = lora;
+    out.u = scan.next_u;
+    out.next_lora = last ? NULL : lora_of(b, chain->adapted, layer + 1);
+    out.next_u = {b->u[U_IN], 0};
+    out.r = b->r;
+    out.norm = last ? a->norm_f : l[1].norm;
+    out.h = b->h;
+    out.next_squares = {b->squares, 0};
+    if (status == KERNEL_OK)
+        status = step_launch_linear(chain->device, STEP_MODE_OUT, &out, chain->rows);
+    return status;
+}
+
+/* Few rows: the hidden states and the logits at once. */
+static int emit_head(const struct chain *chain, struct step_parts squares)
+{
+    const struct mamba_step_args *a = chain->a;
+    struct step_linear head = {};
+    head.header = chain->b.header;
+    head.weight = (const step_type *)a->head;
+    head.x = chain->b.h;
+    head.m = (int)a->vocab;
+    head.k = (int)a->d_model;
+    head.eps = a->eps;
+    head.squares = squares;
+    head.y = a->logits;
+    head.r = chain->b.r;
+    head.norm = a->norm_f;
+    head.hidden = (step_type *)a->hidden;
+    return step_launch_linear(chain->device, STEP_MODE_HEAD, &head, chain->rows);
+}
+
+/* Many rows: behind the graph, whose bucket may have more rows than the caller's buffers. */
+static int run_head(struct kernel_device *device, const struct mamba_step_args *a,
+                    const struct step_buffers *b)
+{
+    struct step_norm norm = {};
+    norm.d = (int)a->d_model;
+    norm.eps = a->eps;
+    norm.r = b->r;
+    norm.norm = a->norm_f;
+    norm.hidden = (step_type *)a->hidden;
+    int status = step_launch_norm(device, &norm, (int)a->rows);
+    struct gemm_args product = {};
+    product.m = a->rows;
+    product.n = a->vocab;
+    product.k = a->d_model;
+    product.transpose_b = true;
+    product.alpha = 1.0f;
+    product.a = a->hidden;
+    product.a_stride = product.b_stride = a->d_model;
+    product.b = a->head;
+    product.c = a->logits;
+    product.c_stride = a->vocab;
+    product.act = product.b_type = a->type;
+    product.c_type = TYPE_F32;
+    return status == KERNEL_OK ? cuda_gemm(device, &product) : status;
+}
+
+static int emit_chain(const struct chain *chain)
+{
+    const struct mamba_step_args *a = chain->a;
+    const struct step_buffers *b = &chain->b;
+    struct step_embed embed = {};
+    embed.from = chain->device->steps->header;
+    embed.header = b->header;
+    embed.table = (const step_type *)a->embedding;
+    embed.d = (int)a->d_model;
+    embed.vocab = a->vocab;
+    embed.norm = a->layers[0].norm;
+    embed.lora = lora_of(b, chain->adapted, a->n_layers);
+    embed.next_lora = lora_of(b, chain->adapted, 0);
+    embed.r = b->r;
+    embed.h = b->h;
+    embed.next_squares = {b->squares, 1};
+    embed.next_u = {b->u[U_IN], 1};
+    int status = step_launch_embed(chain->device, &embed, chain->rows);
+    struct step_parts squares = embed.next_squares, u_in = embed.next_u;
+    for (int64_t layer = 0; layer < a->n_layers && status == KERNEL_OK; layer++) {
+        status = emit_layer(chain, layer, squares, u_in);
+        squares.count = u_in.count = step_linear_tiles(STEP_MODE_OUT, a->d_model, chain->rows);
+    }
+    return status == KERNEL_OK && chain->rows == FEW_ROWS ? emit_head(chain, squares) : status;
+}
+
+/* ---- plans ---- */
+
+static bool same_model(const struct mamba_step_args *a, const struct mamba_step_args *b)
+{
+    return a->d_model == b->d_model && a->d_inner == b->d_inner && a->dt_rank == b->dt_rank &&
+           a->n_layers == b->n_layers && a->vocab == b->vocab && a->eps == b->eps && a->type == b->type &&
+           a->embedding == b->embedding && a->head == b->head && a->norm_f == b->norm_f &&
+           a->states == b->states && a->slot_stride == b->slot_stride && a->hidden == b->hidden &&
+           a->logits == b->logits && a->workspace == b->workspace &&
+           memcmp(a->layers, b->layers, (size_t)a->n_layers * sizeof(*a->layers)) == 0;
+}
+
+static void plan_free(struct step_plan *plan)
+{
+    if (plan == NULL)
+        return;
+    for (int i = 0; i < BUCKETS; i++)
+        for (int adapted = 0; adapted < 2; adapted++)
+            if (plan->graphs[i][adapted].exec != NULL)
+                (void)cudaGraphExecDestroy(plan->graphs[i][adapted].exec);
+    free(plan->layers);
+    free(plan->adapters);
+    free(plan);
+}
+
+static size_t table_bytes(const struct mamba_step_args *a)
+{
+    return (size_t)(a->n_layers + 1) * STEP_ADAPTERS * sizeof(struct step_lora);
+}
+
+static int plan_create(const struct mamba_step_args *a, struct step_plan **ret_plan)
+{
+    struct step_plan *plan = (struct step_plan *)calloc(1, sizeof(*plan));
+    if (plan == NULL)
+        return KERNEL_NO_MEMORY;
+    plan->args = *a;
+    plan->layers = (struct mamba_step_layer *)malloc((size_t)a->n_layers * sizeof(*a->layers));
+    plan->adapters = (struct step_lora *)calloc(1, table_bytes(a));
+    if (plan->layers == NULL || plan->adapters == NULL) {
+        plan_free(plan);
+        return KERNEL_NO_MEMORY;
+    }
+    memcpy(plan->layers, a->layers, (size_t)a->n_layers * sizeof(*a->layers));
+    plan->args.layers = plan->layers;
+    *ret_plan = plan;
+    return KERNEL_OK;
+}
+
+/* The plan of these arguments, made anew where there is none: then it takes the place of the one unused for longest.
+ * A workspace has one plan, since the table of adapters in it does. */
+static int plan_find(struct kernel_device *device, const struct mamba_step_args *a,
+                     struct step_plan **ret_plan)
+{
+    struct cuda_steps *steps = device->steps;
+    int place = 0;
+    for (int i = 0; i < PLANS; i++) {
+        struct step_plan *plan = steps->plans[i];
+        if (plan != NULL && same_model(&plan->args, a)) {
+            plan->used = ++steps->uses;
+            *ret_plan = plan;
+            return KERNEL_OK;
+        }
+        struct step_plan *worst = steps->plans[place];
+        if (worst == NULL || (plan != NULL && worst->args.workspace == a->workspace))
+            continue;
+        if (plan == NULL || plan->args.workspace == a->workspace || plan->used < worst->used)
+            place = i;
+    }
+    struct step_plan *plan = NULL;
+    int status = plan_create(a, &plan);
+    if (status != KERNEL_OK)
+        return status;
+    if (steps->plans[place] != NULL) /* it may still run */
+        status = cuda_synchronize(device);
+    plan_free(steps->plans[place]);
+    plan->used = ++steps->uses;
+    *ret_plan = steps->plans[place] = plan;
+    return status;
+}
+
+static int steps_open(struct kernel_device *device)
+{
+    if (device->steps != NULL)
+        return KERNEL_OK;
+    device->steps = (struct cuda_steps *)calloc(1, sizeof(*device->steps));
+    if (device->steps == NULL)
+        return KERNEL_NO_MEMORY;
+    int status =
+        cuda_check(device, cudaMallocHost((void **)&device->steps->header, sizeof(struct step_header)));
+    if (status == KERNEL_OK)
+        status = cuda_check(device, cudaEventCreateWithFlags(&device->steps->read, cudaEventDisableTiming));
+    if (status != KERNEL_OK)
+        cuda_steps_close(device);
+    return status;
+}
+
+void cuda_steps_close(struct kernel_device *device)
+{
+    struct cuda_steps *steps = device->steps;
+    if (steps == NULL)
+        return;
+    for (int i = 0; i < PLANS; i++)
+        plan_free(steps->plans[i]);
+    if (steps->read != NULL)
+        (void)cudaEventDestroy(steps->read);
+    (void)cudaFreeHost(steps->header);
+    free(steps);
+    device->steps = NULL;
+}
+
+/* ---- a step ---- */
+
+static bool aligned(const void *p)
+{
+    return (uintptr_t)p % 16 == 0;
+}
+
+static bool layer_supported(const struct mamba_step_layer *l)
+{
+    return aligned(l->in_proj) && aligned(l->x_proj) && aligned(l->dt_proj) && aligned(l->out_proj) &&
+           aligned(l->conv) && aligned(l->a) && aligned(l->d) && aligned(l->dt_bias);
+}
+
+static bool adapter_supported(const struct mamba_step_args *a, const struct mamba_step_adapter *adapter)
+{
+    if (adapter->rank < 1 || adapter->rank > STEP_RANK)
+        return false;
+    for (int64_t i = 0; i < a->n_layers; i++) {
+        const struct mamba_step_lora *l = &adapter->layers[i];
+        if (!aligned(l->in_a) || !aligned(l->in_b) || !aligned(l->x_a) || !aligned(l->x_b) ||
+            !aligned(l->dt_a) || !aligned(l->dt_b) || !aligned(l->out_a) || !aligned(l->out_b))
+            return false;
+    }
+    return true;
+}
+
+static bool supported(const struct mamba_step_args *a)
+{
+    if (a->type != TYPE_BF16 || a->rows > STEP_ROWS || a->n_adapters > STEP_ADAPTERS ||
+        a->d_state != STEP_STATE || a->d_conv != STEP_CONV || a->d_model % 32 != 0 || a->d_inner % 32 != 0 ||
+        a->dt_rank % 8 != 0 || a->dt_rank > STEP_DT_RANK || a->slot_stride % 4 != 0 || a->d_model > 1 << 14 ||
+        a->d_inner > 1 << 15 || a->vocab > 1 << 24 || !aligned(a->embedding) || !aligned(a->head) ||
+        !aligned(a->states) || !aligned(a->hidden) || !aligned(a->workspace))
+        return false;
+    for (int64_t i = 0; i < a->n_layers; i++)
+        if (!layer_supported(&a->layers[i]))
+            return false;
+    for (int32_t i = 0; i < a->n_adapters; i++)
+        if (!adapter_supported(a, &a->adapters[i]))
+            return false;
+    return true;
+}
+
+static bool valid(const struct mamba_step_args *a)
+{
+    if (a->rows < 0 || a->n_layers < 1 || a->d_model < 1 || a->d_inner < 1 || a->vocab < 1 ||
+        a->dt_rank < 1 || a->n_adapters < 0)
+        return false;
+    for (int64_t i = 0; i < a->rows; i++)
+        if (a->ids[i] < 0 || a->ids[i] >= a->vocab || a->slots[i] < 0 ||
+            (a->row_adapters != NULL && (a->row_adapters[i] < -1 || a->row_adapters[i] >= a->n_adapters)))
+            return false;
+    return true;
+}
+
+/* Bring the table of adapters in the workspace up to date. */
+static int send_adapters(struct kernel_device *device, const struct mamba_step_args *a,
+                         struct step_plan *plan, const struct step_buffers *b)
+{
+    bool changed = false;
+    for (int32_t i = 0; i < a->n_adapters; i++) {
+        const struct mamba_step_adapter *adapter = &a->adapters[i];
+        for (int64_t layer = 0; layer <= a->n_layers; layer++) {
+            struct step_lora lora;
+            memset(&lora, 0, sizeof(lora));
+            lora.rank = (int)adapter->rank;
+            lora.scale = adapter->scale;
+            if (layer == a->n_layers) {
+                lora.a[STEP_IN] = adapter->embed_a;
+                lora.b[STEP_IN] = adapter->embed_b;
+            } else {
+                const struct mamba_step_lora *l = &adapter->layers[layer];
+                const float *factors_a[] = {l->in_a, l->x_a, l->dt_a, l->out_a};
+                const float *factors_b[] = {l->in_b, l->x_b, l->dt_b, l->out_b};
+                memcpy(lora.a, factors_a, sizeof(factors_a));
+                memcpy(lora.b, factors_b, sizeof(factors_b));
+            }
+            struct step_lora *place = &plan->adapters[layer * STEP_ADAPTERS + i];
+            if (memcmp(place, &lora, sizeof(lora)) != 0) {
+                *place = lora;
+                changed = true;
+            }
+        }
+    }
+    return changed ? cuda_copy_in(device, b->adapters, plan->adapters, table_bytes(a)) : KERNEL_OK;
+}
+
+/* Returns whether any row has an adapter. */
+static bool fill_header(const struct mamba_step_args *a, struct step_header *header)
+{
+    header->rows = (int32_t)a->rows;
+    header->rank = 0;
+    header->main = -1;
+    for (int64_t i = 0; i < a->rows; i++) {
+        int32_t adapter = a->row_adapters != NULL ? a->row_adapters[i] : -1;
+        header->ids[i] = a->ids[i];
+        header->slots[i] = a->slots[i];
+        header->adapters[i] = adapter;
+        if (adapter < 0)
+            continue;
+        if (header->main < 0)
+            header->main = adapter;
+        if (header->rank < a->adapters[adapter].rank)
+            header->rank = (int32_t)a->adapters[adapter].rank;
+    }
+    return header->main >= 0;
+}
+
+static int capture(const struct chain *chain, cudaGraphExec_t *ret_exec)
+{
+    struct kernel_device *device = chain->device;
+    cudaGraph_t graph = NULL;
+    int status = cuda_check(device, cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal));
+    if (status != KERNEL_OK)
+        return status;
+    status = emit_chain(chain);
+    int ended = cuda_check(device, cudaStreamEndCapture(device->stream, &graph));
+    if (status == KERNEL_OK)
+        status = ended;
+    if (status == KERNEL_OK)
+        status = cuda_check(device, cudaGraphInstantiate(ret_exec, graph, 0));
+    if (graph != NULL)
+        (void)cudaGraphDestroy(graph);
+    return status;
+}
+
+static int run_chain(const struct chain *chain, struct graph_slot *slot)
+{
+    if (!slot->used) {
+        slot->used = true;
+        return emit_chain(chain);
+    }
+    int status = slot->exec != NULL ? KERNEL_OK : capture(chain, &slot->exec);
+    if (status != KERNEL_OK)
+        return status;
+    return cuda_check(chain->device, cudaGraphLaunch(slot->exec, chain->device->stream));
+}
+
+int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *a)
+{
+    int status = cuda_enter(device);
+    if (status != KERNEL_OK)
+        return status;
+    if (!valid(a))
+        return KERNEL_INVALID;
+    if (!device->hopper || !supported(a))
+        return KERNEL_UNSUPPORTED;
+    if (a->rows == 0)
+        return KERNEL_OK;
+    struct step_plan *plan = NULL;
+    status = steps_open(device);
+    if (status == KERNEL_OK)
+        status = plan_find(device, a, &plan);
+    if (status != KERNEL_OK)
+        return status;
+
+    struct chain chain = {device, a, lay_out(a, a->workspace), FEW_ROWS, false};
+    int bucket = 0;
+    for (; chain.rows < a->rows; chain.rows *= 2)
+        bucket++;
+    status = cuda_check(device, cudaEventSynchronize(device->steps->read));
+    if (status != KERNEL_OK)
+        return status;
+    chain.adapted = fill_header(a, device->steps->header);
+    if (chain.adapted)
+        status = send_adapters(device, a, plan, &chain.b);
+    if (status == KERNEL_OK)
+        status = run_chain(&chain, &plan->graphs[bucket][chain.adapted]);
+    if (status == KERNEL_OK)
+        status = cuda_check(device, cudaEventRecord(device->steps->read, device->stream));
+    if (status == KERNEL_OK && chain.rows > FEW_ROWS)
+        status = run_head(device, a, &chain.b);
+    return status;
+}

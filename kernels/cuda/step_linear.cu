@@ -1,0 +1,450 @@
+/* step_linear.cu: the products of mamba_step: few rows, every weight read once.
+ *
+ * A warp has 16 outputs and up to 64 rows. Weights go from memory to registers in the layout of the tensor cores: a lane
+ * loads 16 consecutive bytes of two rows and of a row of x, and that is what it multiplies. Two chunks of DEPTH x 32
+ * elements of k are under way at any time, the first two before the wait for the kernel in front. The warps of a block
+ * share k where there are few outputs, and so do the blocks of a cluster; their sums meet in shared memory, in a fixed
+ * order, and each block of the cluster finishes its own share of the rows. With more than 8 rows x is staged in shared
+ * memory first, for 8 of them it is cheaper to load it where it is used. */
+#include "kernels/cuda/step.cuh"
+#include "kernels/cuda/vector.cuh"
+
+#include <cooperative_groups.h>
+
+enum { WARPS = STEP_THREADS / WARP, DEPTH = 3, PAD = 4, SPLITS_MOST = 8 };
+
+/* Warps side by side over the outputs; the others share k. */
+static constexpr int warps_over_m(int mode, int n_tiles)
+{
+    return mode == STEP_MODE_IN    ? (n_tiles == 1 ? 2 : 8)
+           : mode == STEP_MODE_X   ? 1
+           : mode == STEP_MODE_OUT ? (n_tiles == 1 ? 1 : 4)
+                                   : 4;
+}
+
+template <int MODE, int N_TILES> struct layout {
+    enum {
+        WARPS_M = warps_over_m(MODE, N_TILES),
+        WARPS_K = WARPS / WARPS_M,
+        M = 16 * WARPS_M,   /* outputs of a block */
+        ROWS = 8 * N_TILES, /* of x */
+        STRIDE = M + PAD,   /* of sums in shared memory: no two lanes that write share a bank */
+        SUMS = WARPS_K * ROWS * STRIDE,
+        STAGED = N_TILES > 1,
+        FACTORS = M * STEP_AHEAD, /* of one adapter's B, or of A */
+    };
+};
+
+/* Elements between rows of x in shared memory: 64 bytes off a multiple of 128, so that no two lanes share banks. */
+static __host__ __device__ inline int staged_stride(int k)
+{
+    return (k + 63) / 64 * 64 + 32;
+}
+
+/* First of `count` blocks of 32 that share i of n gets. */
+static __host__ __device__ inline int share_of(int count, int i, int n)
+{
+    return (int)((int64_t)count * i / n);
+}
+
+static __device__ __forceinline__ float *conv_state(const struct step_linear &p, int n, int channel)
+{
+    return p.states + p.header->slots[n] * p.slot_stride + channel;
+}
+
+/* silu(conv) of one channel of one sequence, whose state moves on. before: the state, `stride` floats apart. */
+static __device__ __forceinline__ float convolve(const struct step_linear &p, int n, int channel, float x,
+                                                 const float *before, int stride, float4 weight, float bias)
+{
+    float *state = conv_state(p, n, channel), s0 = before[0], s1 = before[stride], s2 = before[2 * stride];
+    state[0] = s1;
+    state[p.inner] = s2;
+    state[2 * (int64_t)p.inner] = x;
+    return silu(fmaf(weight.w, x, fmaf(weight.z, s2, fmaf(weight.y, s1, fmaf(weight.x, s0, bias)))));
+}
+
+/* The factors of one adapter that the block needs behind the product: B's rows, and A's columns of the next one. */
+static __device__ __forceinline__ void copy_factors(const struct step_linear &p, int target, int next_target,
+                                                    int first_row, int m, float *b, float *a)
+{
+    const struct step_lora &lora = p.lora[p.header->main];
+    if (lora.b[target] != NULL)
+        step_copy_floats(b, lora.b[target] + (int64_t)first_row * lora.rank,
+                         min(m, p.m - first_row) / 4 * 4 * lora.rank, threadIdx.x, STEP_THREADS);
+    const int columns = next_target == STEP_X ? p.inner : p.m, own = min(m, columns - first_row);
+    if (p.next_lora == NULL || own <= 0)
+        return;
+    const struct step_lora &next = p.next_lora[p.header->main];
+    if (next.a[next_target] != NULL)
+        for (int i = threadIdx.x; i < next.rank * (own / 4); i += STEP_THREADS) {
+            int j = i / (own / 4), at = i % (own / 4) * 4;
+            step_copy(a + j * m + at, next.a[next_target] + (int64_t)j * columns + first_row + at);
+        }
+}
+
+/* ---- sums over parts: each warp takes a row at a time ---- */
+
+static __device__ __forceinline__ float sum_squares(const struct step_parts &squares, int n)
+{
+    float sum = 0.0f;
+#pragma unroll 2
+    for (int i = threadIdx.x % WARP; i < squares.count; i += WARP)
+        sum += squares.values[(int64_t)i * STEP_ROWS + n];
+    return warp_sum(sum);
+}
+
+static __device__ __forceinline__ void sum_u(const struct step_parts &u, int n, int rank, float *out)
+{
+    int lane = threadIdx.x % WARP, part = lane / 8;
+    for (int first = 0; first < rank; first += 8) {
+        int j = first + lane % 8;
+        float sum = 0.0f;
+        if (j < rank) {
+#pragma unroll 8
+            for (int i = part; i < u.count; i += 4)
+                sum += u.values[((int64_t)i * STEP_ROWS + n) * STEP_RANK + j];
+        }
+        sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+        if (lane < 8 && j < rank)
+            out[j] = sum;
+    }
+}
+
+template <int MODE, int N_TILES>
+static __global__ void __launch_bounds__(STEP_THREADS, 2)
+    linear_kernel(const __grid_constant__ struct step_linear p)
+{
+#if STEP_HOPPER
+    using L = layout<MODE, N_TILES>;
+    constexpr int TARGET = MODE == STEP_MODE_IN ? STEP_IN : MODE == STEP_MODE_X ? STEP_X : STEP_OUT;
+    constexpr int NEXT_TARGET = MODE == STEP_MODE_IN ? STEP_X : STEP_IN;
+    constexpr bool SCALED = MODE == STEP_MODE_IN || MODE == STEP_MODE_HEAD; /* by 1/rms */
+    constexpr bool FEEDS = MODE == STEP_MODE_IN || MODE == STEP_MODE_OUT;   /* an adapter's x A^T */
+    extern __shared__ __align__(16) unsigned char shared[]; /* x, later sums; then what is loaded ahead */
+    __shared__ float row_scale[L::ROWS], row_u[L::ROWS * STEP_RANK];
+    float *sums = reinterpret_cast<float *>(shared);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+    const int splits = p.splits, split = splits > 1 ? (int)(blockIdx.x % splits) : 0;
+    const int tile = blockIdx.x / splits, first_row = tile * L::M;
+
+    if (p.first)
+        step_wait();
+    step_release();
+
+    /* This warp's outputs and its share of k, in blocks of 32. */
+    const int k_blocks = p.k / 32;
+    const int block_begin = share_of(k_blocks, split, splits),
+              block_end = share_of(k_blocks, split + 1, splits);
+    const int warp_k = warp / L::WARPS_M;
+    const int begin = block_begin + share_of(block_end - block_begin, warp_k, L::WARPS_K);
+    const int end = block_begin + share_of(block_end - block_begin, warp_k + 1, L::WARPS_K);
+    const int row = first_row + warp % L::WARPS_M * 16 + g;
+    const step_type *upper = p.weight + (int64_t)min(row, p.m - 1) * p.k + q * 8;
+    const step_type *lower = p.weight + (int64_t)min(row + 8, p.m - 1) * p.k + q * 8;
+    uint4 weights[2][DEPTH][2];
+    auto load_weights = [&](uint4(&w)[DEPTH][2], int first) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            bool inside = first + i < end;
+            w[i][0] = inside ? step_load_weight(upper + (first + i) * 32) : make_uint4(0, 0, 0, 0);
+            w[i][1] = inside ? step_load_weight(lower + (first + i) * 32) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    load_weights(weights[0], begin);
+    load_weights(weights[1], begin + DEPTH);
+
+    const int rows = min(p.header->rows, (int)L::ROWS);
+    const int own = L::ROWS / splits, own_first = split * own; /* rows that this block finishes */
+    const int out = first_row + threadIdx.x % L::M; /* what this thread finishes, of several rows */
+    float *factors_b = reinterpret_cast<float *>(shared + p.ahead), *factors_a = factors_b + L::FACTORS;
+    float *conv_states = factors_a + L::FACTORS; /* [own][STEP_CONV - 1][M] */
+    const int main = p.lora != NULL && p.header->rank <= STEP_AHEAD ? p.header->main : -1;
+    float bias = 0.0f, norm = 0.0f;
+    float4 conv = {};
+    if (MODE == STEP_MODE_IN && first_row < p.inner) {
+        const int channels = min((int)L::M, p.inner - first_row);
+        for (int i = 0; i < own && own_first + i < rows; i++)
+            for (int s = 0; s < STEP_CONV - 1; s++)
+                step_copy_floats(conv_states + (i * (STEP_CONV - 1) + s) * L::M,
+                                 conv_state(p, own_first + i, first_row) + (int64_t)s * p.inner, channels,
+                                 threadIdx.x, STEP_THREADS);
+        if (out < p.inner) {
+            conv = *reinterpret_cast<const float4 *>(p.conv + (int64_t)out * STEP_CONV);
+            bias = p.conv_bias != NULL ? p.conv_bias[out] : 0.0f;
+        }
+    }
+    if (MODE == STEP_MODE_OUT && out < p.m)
+        norm = p.norm[out];
+    if (MODE != STEP_MODE_HEAD && main >= 0)
+        copy_factors(p, TARGET, NEXT_TARGET, first_row, L::M, factors_b, factors_a);
+
+    if (!p.first)
+        step_wait();
+
+    /* x: to registers, or to shared memory. */
+    uint4 x[2][DEPTH];
+    auto load_x = [&](uint4(&v)[DEPTH], int first) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            int at = (first + i) * 32 + q * 8;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (g < rows && first + i < end)
+                v[i] = *reinterpret_cast<const uint4 *>(p.x + (int64_t)g * p.k + at);
+        }
+    };
+    const int k_first = block_begin * 32, k_count = block_end * 32 - k_first;
+    const int stride = staged_stride(k_count);
+    step_type *staged = reinterpret_cast<step_type *>(shared);
+    if constexpr (L::STAGED) {
+        const int per_row = k_count / 8;
+        for (int i = threadIdx.x; i < per_row * rows; i += STEP_THREADS) {
+            int n = i / per_row, at = i % per_row * 8;
+            step_copy(staged + n * stride + at, p.x + (int64_t)n * p.k + k_first + at);
+        }
+    } else {
+        load_x(x[0], begin);
+        load_x(x[1], begin + DEPTH);
+    }
+
+    /* 1/rms and the adapters' sums of the rows that this block finishes. */
+    for (int i = warp; i < own; i += WARPS) {
+        int n = own_first + i;
+        if (n >= rows)
+            break;
+        if (SCALED) {
+            float sum = sum_squares(p.squares, n);
+            if (lane == 0)
+                row_scale[i] = rsqrtf(sum / (float)p.k + p.eps);
+        }
+        int adapter = p.lora != NULL ? p.header->adapters[n] : -1;
+        if (MODE != STEP_MODE_HEAD && adapter >= 0 && p.lora[adapter].b[TARGET] != NULL)
+            sum_u(p.u, n, p.lora[adapter].rank, row_u + i * STEP_RANK);
+    }
+
+    float acc[N_TILES][4] = {};
+    step_copies_wait();
+    if constexpr (L::STAGED)
+        __syncthreads();
+    auto multiply = [&](const uint4(&w)[DEPTH][2], const uint4(&v)[DEPTH], int first) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            if constexpr (L::STAGED) {
+                if (first + i >= end)
+                    break;
+                int at = (first + i) * 32 - k_first + q * 8;
+#pragma unroll
+                for (int t = 0; t < N_TILES; t++)
+                    step_multiply_32(acc[t], w[i][0], w[i][1],
+                                     *reinterpret_cast<const uint4 *>(staged + (t * 8 + g) * stride + at));
+            } else {
+                step_multiply_32(acc[0], w[i][0], w[i][1], v[i]);
+            }
+        }
+    };
+    for (int at = begin; at < end; at += 2 * DEPTH) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            multiply(weights[half], x[half], at + half * DEPTH);
+            load_weights(weights[half], at + (half + 2) * DEPTH);
+            if constexpr (!L::STAGED)
+                load_x(x[half], at + (half + 2) * DEPTH);
+        }
+    }
+
+    /* Sums of the block, then of the cluster. */
+    if constexpr (L::STAGED)
+        __syncthreads(); /* x was there */
+#pragma unroll
+    for (int t = 0; t < N_TILES; t++) {
+        float *to =
+            sums + ((int64_t)warp_k * L::ROWS + t * 8 + 2 * q) * L::STRIDE + warp % L::WARPS_M * 16 + g;
+        to[0] = acc[t][0];
+        to[L::STRIDE] = acc[t][1];
+        to[8] = acc[t][2];
+        to[L::STRIDE + 8] = acc[t][3];
+    }
+    cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+    if (splits > 1)
+        cluster.sync();
+    else
+        __syncthreads();
+
+    float *finished = sums + L::SUMS, *finished_r = finished + own * L::STRIDE;
+    for (int i = threadIdx.x; i < own * L::M; i += STEP_THREADS) {
+        int m = i % L::M, local = i / L::M, n = own_first + local;
+        float v = 0.0f;
+        if (n >= rows)
+            break;
+        for (int s = 0; s < splits; s++) {
+            const float *from = splits > 1 ? cluster.map_shared_rank(sums, s) : sums;
+#pragma unroll
+            for (int w = 0; w < L::WARPS_K; w++)
+                v += from[(w * L::ROWS + n) * L::STRIDE + m];
+        }
+        float fed = 0.0f;
+        if (out < p.m) {
+            if (SCALED)
+                v *= row_scale[local];
+            if (MODE != STEP_MODE_HEAD) {
+                if (p.bias != NULL)
+                    v += p.bias[out];
+                int adapter = p.lora != NULL ? p.header->adapters[n] : -1;
+                if (adapter >= 0 && p.lora[adapter].b[TARGET] != NULL) {
+                    const struct step_lora &lora = p.lora[adapter];
+                    const float *b = adapter == main ? factors_b + m * lora.rank
+                                                     : lora.b[TARGET] + (int64_t)out * lora.rank;
+                    float dot = step_dot(b, row_u + local * STEP_RANK, lora.rank);
+                    /* u was made of h, which 1/rms has yet to scale */
+                    v = fmaf(MODE == STEP_MODE_IN ? lora.scale * row_scale[local] : lora.scale, dot, v);
+                }
+            }
+            if (MODE == STEP_MODE_IN && out < p.inner) {
+                step_type xc = from_float<step_type>(convolve(
+                    p, n, out, v, conv_states + local * (STEP_CONV - 1) * L::M + m, L::M, conv, bias));
+                p.xc[(int64_t)n * p.inner + out] = xc;
+                fed = to_float(xc);
+            } else if (MODE == STEP_MODE_IN) {
+                p.z[(int64_t)n * p.inner + out - p.inner] = v;
+            } else if (MODE == STEP_MODE_OUT) {
+                float *r = p.r + (int64_t)n * p.m + out;
+                v += *r;
+                *r = v;
+                step_type h = from_float<step_type>(v * norm);
+                p.h[(int64_t)n * p.m + out] = h;
+                fed = to_float(h);
+            } else {
+                p.y[(int64_t)n * p.m + out] = v;
+            }
+        }
+        if (FEEDS)
+            finished[local * L::STRIDE + m] = fed;
+        if (MODE == STEP_MODE_OUT)
+            finished_r[local * L::STRIDE + m] = out < p.m ? v : 0.0f;
+    }
+
+    /* This block's part of the sums that the next product wants: 8 lanes a sum. */
+    if (FEEDS && (MODE == STEP_MODE_OUT || (p.next_lora != NULL && first_row < p.inner))) {
+        __syncthreads();
+        const int most = p.next_lora != NULL ? p.header->rank + 1 : 1;
+        for (int i = threadIdx.x / 8; i < own * most; i += STEP_THREADS / 8) {
+            int local = i / most, j = i % most - 1, n = own_first + local;
+            if (n >= rows)
+                break;
+            float sum = 0.0f;
+            bool wanted = MODE == STEP_MODE_OUT && j < 0;
+            if (wanted) {
+                for (int m = threadIdx.x % 8; m < L::M; m += 8)
+                    sum = fmaf(finished_r[local * L::STRIDE + m], finished_r[local * L::STRIDE + m], sum);
+            } else if (j >= 0) {
+                int adapter = p.header->adapters[n];
+                if (adapter >= 0 && j < p.next_lora[adapter].rank &&
+                    p.next_lora[adapter].a[NEXT_TARGET] != NULL) {
+                    int columns = MODE == STEP_MODE_IN ? p.inner : p.m;
+                    const float *a = adapter == main ? factors_a + j * L::M
+                                                     : p.next_lora[adapter].a[NEXT_TARGET] +
+                                                           (int64_t)j * columns + first_row;
+                    wanted = true;
+                    for (int m = threadIdx.x % 8; m < L::M && first_row + m < columns; m += 8)
+                        sum = fmaf(finished[local * L::STRIDE + m], a[m], sum);
+                }
+            }
+            unsigned mates = 0xffu << (lane / 8 * 8);
+            for (int step = 1; step < 8; step *= 2)
+                sum += __shfl_xor_sync(mates, sum, step);
+            if (wanted && threadIdx.x % 8 == 0) {
+                if (j < 0)
+                    p.next_squares.values[(int64_t)tile * STEP_ROWS + n] = sum;
+                else
+                    p.next_u.values[((int64_t)tile * STEP_ROWS + n) * STEP_RANK + j] = sum;
+            }
+        }
+    }
+    if (MODE == STEP_MODE_HEAD && tile < rows) { /* the hidden states on the way; here splits is 1 */
+        for (int i = threadIdx.x; i < p.k; i += STEP_THREADS)
+            p.hidden[(int64_t)tile * p.k + i] =
+                from_float<step_type>(p.r[(int64_t)tile * p.k + i] * row_scale[tile] * p.norm[i]);
+    }
+    if (splits > 1)
+        cluster.sync(); /* the others have read this block's sums */
+#endif
+}
+
+/* ---- launch ---- */
+
+int step_linear_tiles(enum step_mode mode, int64_t m, int rows)
+{
+    return (int)divide_up(m, 16 * warps_over_m(mode, rows / 8));
+}
+
+/* Enough blocks to fill the device and enough of k under way at once, but x must fit. */
+static int choose_splits(struct kernel_device *device, enum step_mode mode, const struct step_linear *p,
+                         int rows)
+{
+    const int warps_k = WARPS / warps_over_m(mode, rows / 8), k_blocks = p->k / 32;
+    int splits = 1;
+    if (mode == STEP_MODE_HEAD)
+        return 1;
+    for (; splits < SPLITS_MOST; splits *= 2) {
+        bool fits =
+            rows == 8 || (int64_t)rows * staged_stride((k_blocks + splits - 1) / splits * 32) * 2 <= 90 << 10;
+        bool quick = k_blocks <= warps_k * splits * 2 * DEPTH;
+        bool filled = (int64_t)p->tiles * splits >= (rows == 8 ? device->multiprocessors : 96);
+        if (fits && (rows == 8 ? quick || filled : filled))
+            break;
+    }
+    return splits;
+}
+
+template <int MODE, int N_TILES> static int launch(struct kernel_device *device, struct step_linear *p)
+{
+    using L = layout<MODE, N_TILES>;
+    p->splits = choose_splits(device, (enum step_mode)MODE, p, L::ROWS);
+    int k_blocks = p->k / 32, most_k = (k_blocks + p->splits - 1) / p->splits * 32;
+    int own = L::ROWS / p->splits;
+    size_t sums = (size_t)(L::SUMS + 2 * own * L::STRIDE) * sizeof(float);
+    size_t staged = L::STAGED ? (size_t)L::ROWS * (size_t)staged_stride(most_k) * sizeof(step_type) : 0;
+    p->ahead = (int)(sums > staged ? sums : staged);
+    size_t factors = p->lora != NULL || MODE == STEP_MODE_IN ? 2 * L::FACTORS : 0;
+    size_t conv = MODE == STEP_MODE_IN ? (size_t)own * (STEP_CONV - 1) * L::M : 0;
+    size_t shared = (size_t)p->ahead + (factors + conv) * sizeof(float);
+    if (shared > (size_t)device->shared_bytes - 32768)
+        return KERNEL_UNSUPPORTED;
+    int status =
+        cuda_check(device, cudaFuncSetAttribute((const void *)linear_kernel<MODE, N_TILES>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    if (status != KERNEL_OK)
+        return status;
+    return step_launch(device, linear_kernel<MODE, N_TILES>, dim3((unsigned)(p->tiles * p->splits)),
+                       STEP_THREADS, shared, p->splits, true, *p);
+}
+
+template <int MODE> static int launch_rows(struct kernel_device *device, struct step_linear *p, int rows)
+{
+    p->tiles = step_linear_tiles((enum step_mode)MODE, p->m, rows);
+    switch (rows) {
+    case 8:
+        return launch<MODE, 1>(device, p);
+    case 16:
+        return launch<MODE, 2>(device, p);
+    case 32:
+        return launch<MODE, 4>(device, p);
+    default:
+        return launch<MODE, 8>(device, p);
+    }
+}
+
+int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p, int rows)
+{
+    switch (mode) {
+    case STEP_MODE_IN:
+        return launch_rows<STEP_MODE_IN>(device, p, rows);
+    case STEP_MODE_X:
+        return launch_rows<STEP_MODE_X>(device, p, rows);
+    case STEP_MODE_OUT:
+        return launch_rows<STEP_MODE_OUT>(device, p, rows);
+    default:
+        p->tiles = step_linear_tiles(mode, p->m, 8);
+        return launch<STEP_MODE_HEAD, 1>(device, p);
+    }
+}
