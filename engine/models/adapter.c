@@ -287,10 +287,40 @@ int adapter_create(struct model *model, enum adaptation adaptation, const struct
     return code;
 }
 
+int adapter_make_copies(struct adapter *adapter, struct error *error)
+{
+    const struct model *model = adapter->model;
+    const enum kernel_type type = model->act;
+    if (adapter->adaptation != ADAPT_FULL || adapter->trainable || type == TYPE_F32)
+        return 0;
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < model->n_weights; i++)
+        if (!model->weights[i].fp32)
+            bytes += plan_round(model->weights[i].count * (int64_t)kernel_type_size(type));
+    adapter->copies = calloc((size_t)model->n_weights, sizeof *adapter->copies);
+    if (!adapter->copies)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for an adapter");
+    int status = model->ops->memory_alloc(model->device, (size_t)bytes, &adapter->copies_arena);
+    char *next = adapter->copies_arena;
+    for (int64_t i = 0; i < model->n_weights && !status; i++) {
+        const struct weight *weight = &model->weights[i];
+        if (weight->fp32)
+            continue;
+        adapter->copies[i] = next;
+        status = model->ops->cast(model->device, next, type, adapter->parameters[i].slice.param, TYPE_F32,
+                                  weight->count);
+        next += plan_round(weight->count * (int64_t)kernel_type_size(type));
+    }
+    return model_status(status, error, "%" PRId64 " bytes of weights in %s", bytes, kernel_type_name(type));
+}
+
 void adapter_free(struct adapter *adapter)
 {
     if (!adapter)
         return;
+    if (adapter->copies_arena)
+        adapter->model->ops->memory_free(adapter->model->device, adapter->copies_arena);
+    free(adapter->copies);
     if (adapter->arena)
         adapter->model->ops->memory_free(adapter->model->device, adapter->arena);
     free(adapter->parameters);

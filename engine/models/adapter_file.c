@@ -196,6 +196,8 @@ int adapter_load(struct model *model, const char *folder, bool trainable, struct
     if (code)
         return code;
     code = is_lora ? load_lora(adapter, path, error) : load_full(adapter, folder, error);
+    if (!code)
+        code = adapter_make_copies(adapter, error);
     if (code)
         adapter_free(adapter);
     else

@@ -45,7 +45,9 @@ struct family {
     void (*pass_plan)(const struct model_config *config, const struct plan_request *request,
                       const struct kernel_ops *ops, struct plan *plan);
     void (*runner_plan)(const struct model_config *config, int64_t max_tokens, int32_t max_seqs,
-                        const struct kernel_ops *ops, struct plan *plan);
+                        enum kernel_type act, const struct kernel_ops *ops, struct plan *plan);
+    /* Bytes on the host that a runner has for the family. */
+    size_t (*runner_memory)(const struct model_config *config, int32_t max_seqs);
     /* The layers between the embeddings and the head, on input that pass.c has checked; the embeddings, the
      * head and the loss are pass.c's. Forward: from PASS_RESIDUAL to PASS_NORMED. Backward: from
      * PASS_ROWS to PASS_DRESIDUAL, stopping early below the lowest layer that trains. */
@@ -56,6 +58,10 @@ struct family {
     /* The same layers with recurrent states, for sequences that share their weights: from RUNNER_RESIDUAL to
      * RUNNER_HIDDEN. */
     int (*forward)(struct runner *runner, const struct forward_part *part, struct error *error);
+    /* One token of every sequence of a part with states that is all of the request: from the ids (host memory) to
+     * RUNNER_HIDDEN and RUNNER_LOGITS. Returns a kernel_status; KERNEL_UNSUPPORTED: the device has no such short
+     * path, and nothing happened. */
+    int (*step)(struct runner *runner, const struct forward_part *part, const int32_t *ids);
 };
 
 /* NULL when unknown. */

@@ -14,6 +14,8 @@ struct model {
     const struct kernel_ops *ops;
     struct kernel_device *device;
     bool is_host; /* the device is the host: its ops take weights of any type as they are */
+    enum kernel_type
+        act; /* of activations in inference: F32 on the host, else what the embeddings are stored in */
     struct model_config config;
     char *folder;
     struct weight *weights;
@@ -89,6 +91,8 @@ int adapter_allocate(struct model *model, enum adaptation adaptation, const stru
                      bool trainable, struct adapter **ret_adapter, struct error *error);
 /* Renew what a trainable full fine-tune derives from its parameters. */
 int adapter_renew(const struct adapter *adapter, struct error *error);
+/* Make adapter->copies of a full fine-tune that is served, where products want them. */
+int adapter_make_copies(struct adapter *adapter, struct error *error);
 /* Bytes of parameters (derived included) and of one copy of their gradients. */
 int adapter_bytes(const struct model *model, enum adaptation adaptation, const struct lora_config *lora,
                   int64_t *ret_parameter_bytes, int64_t *ret_gradient_bytes, struct error *error);
@@ -144,9 +148,9 @@ int plan_resolve(const struct model *model, const struct plan_request *request,
 
 enum runner_buffer {
     RUNNER_IDS,      /* [T] i32 */
-    RUNNER_RESIDUAL, /* [T,d] the embeddings when the family begins */
-    RUNNER_HIDDEN,   /* [T,d] after the final norm when it ends */
-    RUNNER_ROWS,     /* [max_seqs,d] gathered for logits */
+    RUNNER_RESIDUAL, /* [T,d] fp32, the embeddings when the family begins */
+    RUNNER_HIDDEN, /* [T,d] after the final norm when it ends; of the model's type of inference, as the next */
+    RUNNER_ROWS,   /* [max_seqs,d] gathered for logits */
     RUNNER_LOGITS,   /* [max_seqs,vocab] */
     RUNNER_TARGETS,  /* [score rows] i32 */
     RUNNER_LOGPROBS, /* [score rows] */
@@ -185,6 +189,8 @@ struct runner {
     int64_t scratch_bytes;
     int64_t n_rows; /* of the last forward */
     int32_t n_seqs;
+    bool has_logits;            /* of the last rows, from a step */
+    void *family_memory;        /* on the host: the family's, runner_memory() bytes */
     struct forward_part *parts; /* [max_seqs] of the last forward */
     int32_t n_parts;
     int32_t *starts;         /* [2*max_seqs] the parts' seq_starts */
@@ -192,8 +198,10 @@ struct runner {
     struct lora_span *spans; /* [max_seqs] */
 };
 /* Add what each span's adapter contributes to one linear layer's output. x and y point at the part's first
- * row. */
+ * row. Activations have the model's type of inference, here and in the family's buffers. */
 int runner_lora(struct runner *runner, const struct forward_part *part, enum lora_target target,
-                int64_t layer, const float *x, int64_t x_stride, float *y, int64_t y_stride);
+                int64_t layer, const void *x, int64_t x_stride, void *y, int64_t y_stride);
+/* The weights of a full fine-tune (NULL: the base) in the type that inference computes in. */
+struct weight_copies runner_copies(const struct model *model, const struct adapter *full);
 
 #endif

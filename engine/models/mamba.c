@@ -224,7 +224,9 @@ const struct family family_mamba = {
     .recompute_levels = mamba_recompute_levels,
     .pass_plan = mamba_pass_plan,
     .runner_plan = mamba_runner_plan,
+    .runner_memory = mamba_runner_memory,
     .pass_forward = mamba_pass_forward,
     .pass_backward = mamba_pass_backward,
     .forward = mamba_forward,
+    .step = mamba_step,
 };

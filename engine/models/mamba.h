@@ -41,7 +41,9 @@ int mamba_pass_backward(struct pass *pass, const struct batch *batch, const stru
 
 /* mamba_infer.c */
 void mamba_runner_plan(const struct model_config *config, int64_t max_tokens, int32_t max_seqs,
-                       const struct kernel_ops *ops, struct plan *plan);
+                       enum kernel_type act, const struct kernel_ops *ops, struct plan *plan);
+size_t mamba_runner_memory(const struct model_config *config, int32_t max_seqs);
 int mamba_forward(struct runner *runner, const struct forward_part *part, struct error *error);
+int mamba_step(struct runner *runner, const struct forward_part *part, const int32_t *ids);
 
 #endif

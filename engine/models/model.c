@@ -271,6 +271,8 @@ int model_open(const char *folder, const struct kernel_ops *ops, struct kernel_d
     if (!code)
         code = list_weights(model, file, folder, error);
     if (!code)
+        model->act = model->is_host ? TYPE_F32 : model->weights[model->embedding].type;
+    if (!code)
         code = load_weights(model, file, error);
     safetensors_close(file);
     if (code)

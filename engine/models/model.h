@@ -105,6 +105,9 @@ struct adapter {
     float *derived; /* full: what the family computes from parameters (Mamba: -exp(A_log)). Every pass and
                        forward of a trainable adapter renews it, so whoever changes parameters need not know
                        of it */
+    void **copies;  /* full, served by a device that computes in 16 bits: [n_parameters] the matrices in that
+                      type, NULL where the parameter itself is read; or NULL */
+    void *copies_arena;
     bool trainable;
 };
 

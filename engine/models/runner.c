@@ -19,11 +19,12 @@ static void plan_runner(const struct runner *runner, struct plan *plan)
     const struct model *model = runner->model;
     const struct model_config *config = &model->config;
     int64_t tokens = runner->max_tokens, seqs = runner->max_seqs, scored = runner->score_rows;
+    int64_t act_bytes = (int64_t)kernel_type_size(model->act);
     *plan = (struct plan){0};
     plan_add(plan, RUNNER_IDS, PLAN_WORKSPACE, tokens, sizeof(int32_t));
     plan_add(plan, RUNNER_RESIDUAL, PLAN_WORKSPACE, tokens * config->d_model, sizeof(float));
-    plan_add(plan, RUNNER_HIDDEN, PLAN_WORKSPACE, tokens * config->d_model, sizeof(float));
-    plan_add(plan, RUNNER_ROWS, PLAN_WORKSPACE, seqs * config->d_model, sizeof(float));
+    plan_add(plan, RUNNER_HIDDEN, PLAN_WORKSPACE, tokens * config->d_model, act_bytes);
+    plan_add(plan, RUNNER_ROWS, PLAN_WORKSPACE, seqs * config->d_model, act_bytes);
     plan_add(plan, RUNNER_LOGITS, PLAN_WORKSPACE, seqs * config->vocab_size, sizeof(float));
     plan_add(plan, RUNNER_TARGETS, PLAN_WORKSPACE, scored, sizeof(int32_t));
     plan_add(plan, RUNNER_LOGPROBS, PLAN_WORKSPACE, scored, sizeof(float));
@@ -33,7 +34,7 @@ static void plan_runner(const struct runner *runner, struct plan *plan)
     plan_add(plan, RUNNER_SCRATCH, PLAN_WORKSPACE,
              model->ops->head_workspace(scored, config->d_model, config->vocab_size, false), 1);
     plan_add(plan, RUNNER_U, PLAN_WORKSPACE, runner->u_floats, sizeof(float));
-    model->family->runner_plan(config, tokens, runner->max_seqs, model->ops, plan);
+    model->family->runner_plan(config, tokens, runner->max_seqs, model->act, model->ops, plan);
 }
 
 int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, struct runner **ret_runner,
@@ -58,8 +59,9 @@ int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, str
     runner->spans = calloc((size_t)max_seqs, sizeof *runner->spans);
     runner->starts = calloc((size_t)max_seqs * 2, sizeof *runner->starts);
     runner->last_rows = calloc((size_t)max_seqs, sizeof *runner->last_rows);
+    runner->family_memory = calloc(1, model->family->runner_memory(&model->config, max_seqs));
     int code = 0;
-    if (!runner->parts || !runner->spans || !runner->starts || !runner->last_rows)
+    if (!runner->family_memory || !runner->parts || !runner->spans || !runner->starts || !runner->last_rows)
         code = error_set(error, ERROR_NO_MEMORY, "no memory for a runner");
     if (!code)
         code = plan_carve(&plan, model->ops, model->device, &runner->arena, runner->buffers, error);
@@ -76,6 +78,7 @@ void runner_free(struct runner *runner)
         return;
     if (runner->arena)
         runner->model->ops->memory_free(runner->model->device, runner->arena);
+    free(runner->family_memory);
     free(runner->parts);
     free(runner->spans);
     free(runner->starts);
@@ -168,11 +171,22 @@ static void make_parts(struct runner *runner, const struct forward_request *requ
     }
 }
 
+struct weight_copies runner_copies(const struct model *model, const struct adapter *full)
+{
+    return (struct weight_copies){model->act, full ? full->copies : NULL};
+}
+
+static struct weight_view product_view(const struct model *model, const struct adapter *full, int64_t index)
+{
+    struct weight_copies copies = runner_copies(model, full);
+    return model_product_view(model, full, &copies, index);
+}
+
 /* The embeddings of a part's tokens, each span with its adapter. */
 static int embed(const struct runner *runner, const struct forward_part *part)
 {
     const struct model *model = runner->model;
-    struct weight_view table = model_view(model, part->full, model->embedding);
+    struct weight_view table = product_view(model, part->full, model->embedding);
     int status = 0;
     for (int32_t i = 0; !status && i < part->n_spans; i++) {
         const struct lora_span *span = &part->spans[i];
@@ -193,7 +207,7 @@ static int embed(const struct runner *runner, const struct forward_part *part)
 }
 
 int runner_lora(struct runner *runner, const struct forward_part *part, enum lora_target target,
-                int64_t layer, const float *x, int64_t x_stride, float *y, int64_t y_stride)
+                int64_t layer, const void *x, int64_t x_stride, void *y, int64_t y_stride)
 {
     const struct model *model = runner->model;
     int64_t in, out;
@@ -213,24 +227,55 @@ int runner_lora(struct runner *runner, const struct forward_part *part, enum lor
                                              .in = in,
                                              .out = out,
                                              .rank = rank,
-                                             .x = x + at * x_stride,
+                                             .x = element_at(x, at * x_stride, model->act),
                                              .x_stride = x_stride,
                                              .a = pair.a->param,
                                              .b = pair.b->param,
                                              .scale = span->adapter->scale,
                                              .u = runner->buffers[RUNNER_U],
-                                             .y = y + at * y_stride,
+                                             .y = element_at(y, at * y_stride, model->act),
                                              .y_stride = y_stride,
-                                             .act = TYPE_F32};
+                                             .act = model->act};
             status = model->ops->lora_forward(model->device, &args);
         }
     }
     return status;
 }
 
-int runner_forward(struct runner *runner, const struct forward_request *request, struct error *error)
+/* By the family's short path, or KERNEL_UNSUPPORTED. */
+static int step(struct runner *runner, const struct forward_request *request)
+{
+    if (!request->states || runner->n_parts != 1 || runner->n_rows != runner->n_seqs)
+        return KERNEL_UNSUPPORTED;
+    return runner->model->family->step(runner, &runner->parts[0], request->ids);
+}
+
+static int forward(struct runner *runner, const struct forward_request *request, struct error *error)
 {
     const struct model *model = runner->model;
+    int code = 0;
+    for (int32_t i = 0; !code && i < runner->n_parts; i++)
+        code = adapter_renew(runner->parts[i].full, error);
+    if (code)
+        return code;
+    int status = step(runner, request);
+    runner->has_logits = !status;
+    if (status != KERNEL_UNSUPPORTED)
+        return model_status(status, error, "step");
+    status = model->ops->copy_in(model->device, runner->buffers[RUNNER_IDS], request->ids,
+                                 (size_t)runner->n_rows * sizeof *request->ids);
+    code = model_status(status, error, "token ids");
+    for (int32_t i = 0; !code && i < runner->n_parts; i++) {
+        const struct forward_part *part = &runner->parts[i];
+        code = model_status(embed(runner, part), error, "embeddings");
+        if (!code)
+            code = model->family->forward(runner, part, error);
+    }
+    return code;
+}
+
+int runner_forward(struct runner *runner, const struct forward_request *request, struct error *error)
+{
     int code = check_request(runner, request, error);
     if (code)
         return code;
@@ -239,17 +284,7 @@ int runner_forward(struct runner *runner, const struct forward_request *request,
     runner->n_rows = request->seq_starts[request->n_seqs];
     for (int32_t s = 0; s < request->n_seqs; s++)
         runner->last_rows[s] = request->seq_starts[s + 1] - 1;
-    int status = model->ops->copy_in(model->device, runner->buffers[RUNNER_IDS], request->ids,
-                                     (size_t)runner->n_rows * sizeof *request->ids);
-    code = model_status(status, error, "token ids");
-    for (int32_t i = 0; !code && i < runner->n_parts; i++) {
-        const struct forward_part *part = &runner->parts[i];
-        code = adapter_renew(part->full, error);
-        if (!code)
-            code = model_status(embed(runner, part), error, "embeddings");
-        if (!code)
-            code = model->family->forward(runner, part, error);
-    }
+    code = forward(runner, request, error);
     if (code)
         runner->n_rows = runner->n_seqs = runner->n_parts = 0;
     return code;
@@ -272,9 +307,15 @@ int runner_logits(struct runner *runner, const int32_t *rows, int32_t n_rows, co
     const struct model *model = runner->model;
     const struct model_config *config = &model->config;
     float *logits = runner->buffers[RUNNER_LOGITS];
-    float *hidden = runner->buffers[RUNNER_HIDDEN], *gathered = runner->buffers[RUNNER_ROWS];
+    void *hidden = runner->buffers[RUNNER_HIDDEN], *gathered = runner->buffers[RUNNER_ROWS];
+    const enum kernel_type act = model->act;
+    const int64_t d = config->d_model;
     int status = 0;
     if (!rows) {
+        if (runner->has_logits) {
+            *ret_logits = logits;
+            return 0;
+        }
         rows = runner->last_rows;
         n_rows = runner->n_seqs;
     }
@@ -289,30 +330,31 @@ int runner_logits(struct runner *runner, const int32_t *rows, int32_t n_rows, co
         in_place = in_place && rows[i] == rows[0] + i;
     }
     for (int32_t i = 0; !in_place && !status && i < n_rows; i++)
-        status =
-            model->ops->copy(model->device, gathered + i * config->d_model,
-                             hidden + rows[i] * config->d_model, (size_t)config->d_model * sizeof *hidden);
-    const float *from = in_place ? hidden + rows[0] * config->d_model : gathered;
+        status = model->ops->copy(model->device, element_at(gathered, i * d, act),
+                                  element_at(hidden, rows[i] * d, act), (size_t)d * kernel_type_size(act));
+    const void *from = in_place ? element_at(hidden, rows[0] * d, act) : gathered;
     for (int32_t i = 0, end; !status && i < n_rows; i = end) {
         const struct adapter *full = full_at(runner, rows[i]);
         for (end = i + 1; end < n_rows && full_at(runner, rows[end]) == full;)
             end++;
-        struct weight_view head = model_view(model, full, model->head);
+        struct weight_view head = product_view(model, full, model->head);
         struct gemm_args args = {.m = end - i,
                                  .n = config->vocab_size,
-                                 .k = config->d_model,
+                                 .k = d,
                                  .transpose_b = true,
                                  .alpha = 1,
-                                 .a = from + i * config->d_model,
-                                 .a_stride = config->d_model,
+                                 .a = element_at(from, i * d, act),
+                                 .a_stride = d,
                                  .b = head.data,
-                                 .b_stride = config->d_model,
+                                 .b_stride = d,
                                  .c = logits + i * config->vocab_size,
                                  .c_stride = config->vocab_size,
-                                 .act = TYPE_F32,
-                                 .b_type = head.type};
+                                 .act = act,
+                                 .b_type = head.type,
+                                 .c_type = TYPE_F32};
         status = model->ops->gemm(model->device, &args);
     }
+    runner->has_logits = false; /* another choice of rows is there */
     if (status)
         return model_status(status, error, "head");
     *ret_logits = logits;
@@ -328,15 +370,16 @@ static int score_chunk(const struct runner *runner, int64_t row, int64_t rows, c
     const struct model *model = runner->model;
     const struct kernel_ops *ops = model->ops;
     void *const *buffers = runner->buffers;
-    struct weight_view head = model_view(model, full_at(runner, row), model->head);
+    struct weight_view head = product_view(model, full_at(runner, row), model->head);
     bool top = n_top && top_ids && top_logprobs;
     struct head_args args = {.rows = rows,
                              .d_model = model->config.d_model,
                              .vocab = model->config.vocab_size,
-                             .hidden = (float *)buffers[RUNNER_HIDDEN] + row * model->config.d_model,
+                             .hidden =
+                                 element_at(buffers[RUNNER_HIDDEN], row * model->config.d_model, model->act),
                              .weight = head.data,
                              .weight_type = head.type,
-                             .act = TYPE_F32,
+                             .act = model->act,
                              .targets = buffers[RUNNER_TARGETS],
                              .logprobs = logprobs ? buffers[RUNNER_LOGPROBS] : NULL,
                              .argmax = argmax ? buffers[RUNNER_ARGMAX] : NULL,

@@ -20,7 +20,8 @@ struct graph_slot {
 struct step_plan {
     struct mamba_step_args args; /* without what changes; layers is the plan's own */
     struct mamba_step_layer *layers;
-    struct step_lora *adapters; /* what is in the workspace's table */
+    struct step_lora *adapters; /* [n_layers+1][STEP_ADAPTERS]: what is in the table on the device */
+    struct step_lora *table;
     uint64_t used;
     struct graph_slot graphs[BUCKETS][2];
 };
@@ -37,7 +38,6 @@ struct cuda_steps {
 /* The parts of the workspace. */
 struct step_buffers {
     struct step_header *header;
-    struct step_lora *adapters; /* [n_layers+1][STEP_ADAPTERS] */
     float *r, *z, *x_dbl;
     step_type *h, *xc, *y;
     float *squares, *u[3]; /* u: for in_proj, x_proj, out_proj */
@@ -60,8 +60,6 @@ static struct step_buffers lay_out(const struct mamba_step_args *a, void *worksp
     int64_t *at = &b.bytes, width = a->dt_rank + 2 * a->d_state, f = sizeof(float), t = sizeof(step_type);
     int64_t part = STEP_ROWS * f, in_parts = divide_up(a->d_model, 16), x_parts = divide_up(a->d_inner, 16);
     b.header = (struct step_header *)carve(base, at, sizeof(struct step_header));
-    b.adapters = (struct step_lora *)carve(
-        base, at, (a->n_layers + 1) * STEP_ADAPTERS * (int64_t)sizeof(struct step_lora));
     b.r = (float *)carve(base, at, STEP_ROWS * a->d_model * f);
     b.h = (step_type *)carve(base, at, STEP_ROWS * a->d_model * t);
     b.xc = (step_type *)carve(base, at, STEP_ROWS * a->d_inner * t);
@@ -82,19 +80,19 @@ int64_t cuda_mamba_step_workspace(const struct mamba_step_args *a)
 
 /* ---- the chain ---- */
 
-/* One layer's row of the table of adapters; NULL without them. */
-static const struct step_lora *lora_of(const struct step_buffers *b, bool adapted, int64_t layer)
-{
-    return adapted ? b->adapters + layer * STEP_ADAPTERS : NULL;
-}
-
 struct chain {
     struct kernel_device *device;
     const struct mamba_step_args *a;
     struct step_buffers b;
-    int rows; /* of the bucket */
-    bool adapted;
+    int rows;                      /* of the bucket */
+    const struct step_lora *table; /* of adapters, or NULL */
 };
+
+/* One layer's row of the table of adapters; NULL without them. */
+static const struct step_lora *lora_of(const struct chain *chain, int64_t layer)
+{
+    return chain->table != NULL ? chain->table + layer * STEP_ADAPTERS : NULL;
+}
 
 static int emit_layer(const struct chain *chain, int64_t layer, struct step_parts squares,
                       struct step_parts u_in)
@@ -103,7 +101,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     const struct mamba_step_layer *l = &a->layers[layer];
     const struct step_buffers *b = &chain->b;
     const int d = (int)a->d_model, c = (int)a->d_inner, width = (int)(a->dt_rank + 2 * a->d_state);
-    const struct step_lora *lora = lora_of(b, chain->adapted, layer);
+    const struct step_lora *lora = lora_of(chain, layer);
     float *states = a->states + layer * (STEP_CONV - 1 + STEP_STATE) * a->d_inner;
 
     struct step_linear in = {};
@@ -170,7 +168,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     out.k = c;
     out.lora = lora;
     out.u = scan.next_u;
-    out.next_lora = last ? NULL : lora_of(b, chain->adapted, layer + 1);
+    out.next_lora = last ? NULL : lora_of(chain, layer + 1);
     out.next_u = {b->u[U_IN], 0};
     out.r = b->r;
     out.norm = last ? a->norm_f : l[1].norm;
@@ -238,8 +236,8 @@ static int emit_chain(const struct chain *chain)
     embed.d = (int)a->d_model;
     embed.vocab = a->vocab;
     embed.norm = a->layers[0].norm;
-    embed.lora = lora_of(b, chain->adapted, a->n_layers);
-    embed.next_lora = lora_of(b, chain->adapted, 0);
+    embed.lora = lora_of(chain, a->n_layers);
+    embed.next_lora = lora_of(chain, 0);
     embed.r = b->r;
     embed.h = b->h;
     embed.next_squares = {b->squares, 1};
@@ -265,7 +263,7 @@ static bool same_model(const struct mamba_step_args *a, const struct mamba_step_
            memcmp(a->layers, b->layers, (size_t)a->n_layers * sizeof(*a->layers)) == 0;
 }
 
-static void plan_free(struct step_plan *plan)
+static void plan_free(struct kernel_device *device, struct step_plan *plan)
 {
     if (plan == NULL)
         return;
@@ -273,6 +271,7 @@ static void plan_free(struct step_plan *plan)
         for (int adapted = 0; adapted < 2; adapted++)
             if (plan->graphs[i][adapted].exec != NULL)
                 (void)cudaGraphExecDestroy(plan->graphs[i][adapted].exec);
+    cuda_memory_free(device, plan->table);
     free(plan->layers);
     free(plan->adapters);
     free(plan);
@@ -283,7 +282,8 @@ static size_t table_bytes(const struct mamba_step_args *a)
     return (size_t)(a->n_layers + 1) * STEP_ADAPTERS * sizeof(struct step_lora);
 }
 
-static int plan_create(const struct mamba_step_args *a, struct step_plan **ret_plan)
+static int plan_create(struct kernel_device *device, const struct mamba_step_args *a,
+                       struct step_plan **ret_plan)
 {
     struct step_plan *plan = (struct step_plan *)calloc(1, sizeof(*plan));
     if (plan == NULL)
@@ -291,9 +291,12 @@ static int plan_create(const struct mamba_step_args *a, struct step_plan **ret_p
     plan->args = *a;
     plan->layers = (struct mamba_step_layer *)malloc((size_t)a->n_layers * sizeof(*a->layers));
     plan->adapters = (struct step_lora *)calloc(1, table_bytes(a));
-    if (plan->layers == NULL || plan->adapters == NULL) {
-        plan_free(plan);
-        return KERNEL_NO_MEMORY;
+    int status = plan->layers != NULL && plan->adapters != NULL
+                     ? cuda_memory_alloc(device, table_bytes(a), (void **)&plan->table)
+                     : KERNEL_NO_MEMORY;
+    if (status != KERNEL_OK) {
+        plan_free(device, plan);
+        return status;
     }
     memcpy(plan->layers, a->layers, (size_t)a->n_layers * sizeof(*a->layers));
     plan->args.layers = plan->layers;
@@ -301,8 +304,8 @@ static int plan_create(const struct mamba_step_args *a, struct step_plan **ret_p
     return KERNEL_OK;
 }
 
-/* The plan of these arguments, made anew where there is none: then it takes the place of the one unused for longest.
- * A workspace has one plan, since the table of adapters in it does. */
+/* The plan of these arguments, made anew where there is none: then it takes the place of another with the same
+ * workspace, whose owner is gone, or of the one unused for longest. */
 static int plan_find(struct kernel_device *device, const struct mamba_step_args *a,
                      struct step_plan **ret_plan)
 {
@@ -322,12 +325,12 @@ static int plan_find(struct kernel_device *device, const struct mamba_step_args 
             place = i;
     }
     struct step_plan *plan = NULL;
-    int status = plan_create(a, &plan);
+    int status = plan_create(device, a, &plan);
     if (status != KERNEL_OK)
         return status;
     if (steps->plans[place] != NULL) /* it may still run */
         status = cuda_synchronize(device);
-    plan_free(steps->plans[place]);
+    plan_free(device, steps->plans[place]);
     plan->used = ++steps->uses;
     *ret_plan = steps->plans[place] = plan;
     return status;
@@ -355,7 +358,7 @@ void cuda_steps_close(struct kernel_device *device)
     if (steps == NULL)
         return;
     for (int i = 0; i < PLANS; i++)
-        plan_free(steps->plans[i]);
+        plan_free(device, steps->plans[i]);
     if (steps->read != NULL)
         (void)cudaEventDestroy(steps->read);
     (void)cudaFreeHost(steps->header);
@@ -418,9 +421,9 @@ static bool valid(const struct mamba_step_args *a)
     return true;
 }
 
-/* Bring the table of adapters in the workspace up to date. */
+/* Bring the table of adapters on the device up to date. */
 static int send_adapters(struct kernel_device *device, const struct mamba_step_args *a,
-                         struct step_plan *plan, const struct step_buffers *b)
+                         struct step_plan *plan)
 {
     bool changed = false;
     for (int32_t i = 0; i < a->n_adapters; i++) {
@@ -447,7 +450,7 @@ static int send_adapters(struct kernel_device *device, const struct mamba_step_a
             }
         }
     }
-    return changed ? cuda_copy_in(device, b->adapters, plan->adapters, table_bytes(a)) : KERNEL_OK;
+    return changed ? cuda_copy_in(device, plan->table, plan->adapters, table_bytes(a)) : KERNEL_OK;
 }
 
 /* Returns whether any row has an adapter. */
@@ -519,18 +522,19 @@ int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *
     if (status != KERNEL_OK)
         return status;
 
-    struct chain chain = {device, a, lay_out(a, a->workspace), FEW_ROWS, false};
+    struct chain chain = {device, a, lay_out(a, a->workspace), FEW_ROWS, NULL};
     int bucket = 0;
     for (; chain.rows < a->rows; chain.rows *= 2)
         bucket++;
     status = cuda_check(device, cudaEventSynchronize(device->steps->read));
     if (status != KERNEL_OK)
         return status;
-    chain.adapted = fill_header(a, device->steps->header);
-    if (chain.adapted)
-        status = send_adapters(device, a, plan, &chain.b);
+    if (fill_header(a, device->steps->header)) {
+        chain.table = plan->table;
+        status = send_adapters(device, a, plan);
+    }
     if (status == KERNEL_OK)
-        status = run_chain(&chain, &plan->graphs[bucket][chain.adapted]);
+        status = run_chain(&chain, &plan->graphs[bucket][chain.table != NULL]);
     if (status == KERNEL_OK)
         status = cuda_check(device, cudaEventRecord(device->steps->read, device->stream));
     if (status == KERNEL_OK && chain.rows > FEW_ROWS)

@@ -52,15 +52,55 @@ static __device__ __forceinline__ float *conv_state(const struct step_linear &p,
     return p.states + p.header->slots[n] * p.slot_stride + channel;
 }
 
-/* silu(conv) of one channel of one sequence, whose state moves on. before: the state, `stride` floats apart. */
-static __device__ __forceinline__ float convolve(const struct step_linear &p, int n, int channel, float x,
-                                                 const float *before, int stride, float4 weight, float bias)
+/* Four values of neighbouring channels. */
+struct alignas(16) quad {
+    float v[4];
+};
+static __device__ __forceinline__ struct quad load_quad(const float *p)
 {
-    float *state = conv_state(p, n, channel), s0 = before[0], s1 = before[stride], s2 = before[2 * stride];
-    state[0] = s1;
-    state[p.inner] = s2;
-    state[2 * (int64_t)p.inner] = x;
-    return silu(fmaf(weight.w, x, fmaf(weight.z, s2, fmaf(weight.y, s1, fmaf(weight.x, s0, bias)))));
+    return *reinterpret_cast<const struct quad *>(p);
+}
+static __device__ __forceinline__ void store_quad(float *p, const struct quad &q)
+{
+    *reinterpret_cast<struct quad *>(p) = q;
+}
+/* Rounded, and back: what the next product multiplies. */
+static __device__ __forceinline__ struct quad store_rounded(step_type *p, const struct quad &q)
+{
+    struct alignas(8) {
+        step_type v[4];
+    } rounded;
+    struct quad out;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        rounded.v[i] = from_float<step_type>(q.v[i]);
+        out.v[i] = to_float(rounded.v[i]);
+    }
+    *reinterpret_cast<uint2 *>(p) = *reinterpret_cast<uint2 *>(&rounded);
+    return out;
+}
+
+/* silu(conv) of four channels of one sequence, whose state moves on. before: the state, `stride` floats apart. */
+static __device__ __forceinline__ struct quad convolve(const struct step_linear &p, int n, int channel,
+                                                       const struct quad &x, const float *before, int stride,
+                                                       const float *weight, const float *bias)
+{
+    float *state = conv_state(p, n, channel);
+    struct quad s[STEP_CONV - 1], y = load_quad(bias);
+#pragma unroll
+    for (int k = 0; k < STEP_CONV - 1; k++)
+        s[k] = load_quad(before + k * stride);
+    store_quad(state, s[1]);
+    store_quad(state + p.inner, s[2]);
+    store_quad(state + 2 * (int64_t)p.inner, x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        struct quad w = load_quad(weight + i * STEP_CONV);
+        y.v[i] =
+            silu(fmaf(w.v[3], x.v[i],
+                      fmaf(w.v[2], s[2].v[i], fmaf(w.v[1], s[1].v[i], fmaf(w.v[0], s[0].v[i], y.v[i])))));
+    }
+    return y;
 }
 
 /* The factors of one adapter that the block needs behind the product: B's rows, and A's columns of the next one. */
@@ -70,7 +110,7 @@ static __device__ __forceinline__ void copy_factors(const struct step_linear &p,
     const struct step_lora &lora = p.lora[p.header->main];
     if (lora.b[target] != NULL)
         step_copy_floats(b, lora.b[target] + (int64_t)first_row * lora.rank,
-                         min(m, p.m - first_row) / 4 * 4 * lora.rank, threadIdx.x, STEP_THREADS);
+                         min(m, p.m - first_row) * lora.rank, threadIdx.x, STEP_THREADS);
     const int columns = next_target == STEP_X ? p.inner : p.m, own = min(m, columns - first_row);
     if (p.next_lora == NULL || own <= 0)
         return;
@@ -100,7 +140,7 @@ static __device__ __forceinline__ void sum_u(const struct step_parts &u, int n, 
         int j = first + lane % 8;
         float sum = 0.0f;
         if (j < rank) {
-#pragma unroll 8
+#pragma unroll 16
             for (int i = part; i < u.count; i += 4)
                 sum += u.values[((int64_t)i * STEP_ROWS + n) * STEP_RANK + j];
         }
@@ -156,32 +196,47 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
 
     const int rows = min(p.header->rows, (int)L::ROWS);
     const int own = L::ROWS / splits, own_first = split * own; /* rows that this block finishes */
-    const int out = first_row + threadIdx.x % L::M; /* what this thread finishes, of several rows */
-    float *factors_b = reinterpret_cast<float *>(shared + p.ahead), *factors_a = factors_b + L::FACTORS;
-    float *conv_states = factors_a + L::FACTORS; /* [own][STEP_CONV - 1][M] */
+    float *ahead = reinterpret_cast<float *>(shared + p.ahead);
+    float *ahead_weight = ahead; /* conv [M][STEP_CONV], or the norm [M] */
+    float *ahead_bias = ahead + (MODE == STEP_MODE_IN ? STEP_CONV : 1) * L::M; /* of conv [M] */
+    float *ahead_rows =
+        ahead_bias + (MODE == STEP_MODE_IN ? L::M : 0); /* conv's state [own][3][M], or r [own][M] */
+    float *factors_b = ahead_rows + own * (MODE == STEP_MODE_IN ? STEP_CONV - 1 : 1) * L::M;
+    float *factors_a = factors_b + L::FACTORS;
     const int main = p.lora != NULL && p.header->rank <= STEP_AHEAD ? p.header->main : -1;
-    float bias = 0.0f, norm = 0.0f;
-    float4 conv = {};
-    if (MODE == STEP_MODE_IN && first_row < p.inner) {
+    const int outputs = min((int)L::M, p.m - first_row);
+    const bool convolves = MODE == STEP_MODE_IN && first_row < p.inner;
+    if (convolves) {
         const int channels = min((int)L::M, p.inner - first_row);
-        for (int i = 0; i < own && own_first + i < rows; i++)
-            for (int s = 0; s < STEP_CONV - 1; s++)
-                step_copy_floats(conv_states + (i * (STEP_CONV - 1) + s) * L::M,
-                                 conv_state(p, own_first + i, first_row) + (int64_t)s * p.inner, channels,
-                                 threadIdx.x, STEP_THREADS);
-        if (out < p.inner) {
-            conv = *reinterpret_cast<const float4 *>(p.conv + (int64_t)out * STEP_CONV);
-            bias = p.conv_bias != NULL ? p.conv_bias[out] : 0.0f;
+        step_copy_floats(ahead_weight, p.conv + (int64_t)first_row * STEP_CONV, channels * STEP_CONV,
+                         threadIdx.x, STEP_THREADS);
+        if (p.conv_bias != NULL)
+            step_copy_floats(ahead_bias, p.conv_bias + first_row, channels, threadIdx.x, STEP_THREADS);
+        else if (threadIdx.x < L::M)
+            ahead_bias[threadIdx.x] = 0.0f;
+        for (int i = threadIdx.x; i < min(own, rows - own_first) * (STEP_CONV - 1) * (L::M / 4);
+             i += STEP_THREADS) {
+            int at = i % (L::M / 4) * 4, which = i / (L::M / 4), local = which / (STEP_CONV - 1);
+            if (at < channels)
+                step_copy(ahead_rows + which * L::M + at, conv_state(p, own_first + local, first_row + at) +
+                                                              (int64_t)(which % (STEP_CONV - 1)) * p.inner);
         }
     }
-    if (MODE == STEP_MODE_OUT && out < p.m)
-        norm = p.norm[out];
+    if (MODE == STEP_MODE_OUT)
+        step_copy_floats(ahead_weight, p.norm + first_row, outputs, threadIdx.x, STEP_THREADS);
     if (MODE != STEP_MODE_HEAD && main >= 0)
         copy_factors(p, TARGET, NEXT_TARGET, first_row, L::M, factors_b, factors_a);
 
     if (!p.first)
         step_wait();
 
+    if (MODE == STEP_MODE_OUT)
+        for (int i = threadIdx.x; i < min(own, rows - own_first) * (L::M / 4); i += STEP_THREADS) {
+            int at = i % (L::M / 4) * 4, local = i / (L::M / 4);
+            if (at < outputs)
+                step_copy(ahead_rows + local * L::M + at,
+                          p.r + (int64_t)(own_first + local) * p.m + first_row + at);
+        }
     /* x: to registers, or to shared memory. */
     uint4 x[2][DEPTH];
     auto load_x = [&](uint4(&v)[DEPTH], int first) {
@@ -271,56 +326,65 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
         __syncthreads();
 
     float *finished = sums + L::SUMS, *finished_r = finished + own * L::STRIDE;
-    for (int i = threadIdx.x; i < own * L::M; i += STEP_THREADS) {
-        int m = i % L::M, local = i / L::M, n = own_first + local;
-        float v = 0.0f;
+    for (int i = threadIdx.x; i < own * (L::M / 4); i += STEP_THREADS) {
+        const int m = i % (L::M / 4) * 4, local = i / (L::M / 4), n = own_first + local, out = first_row + m;
         if (n >= rows)
             break;
+        struct quad v = {}, fed = {}, whole = {};
+#pragma unroll 4
         for (int s = 0; s < splits; s++) {
             const float *from = splits > 1 ? cluster.map_shared_rank(sums, s) : sums;
 #pragma unroll
-            for (int w = 0; w < L::WARPS_K; w++)
-                v += from[(w * L::ROWS + n) * L::STRIDE + m];
+            for (int w = 0; w < L::WARPS_K; w++) {
+                struct quad part = load_quad(from + (w * L::ROWS + n) * L::STRIDE + m);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    v.v[e] += part.v[e];
+            }
         }
-        float fed = 0.0f;
-        if (out < p.m) {
-            if (SCALED)
-                v *= row_scale[local];
-            if (MODE != STEP_MODE_HEAD) {
-                if (p.bias != NULL)
-                    v += p.bias[out];
-                int adapter = p.lora != NULL ? p.header->adapters[n] : -1;
-                if (adapter >= 0 && p.lora[adapter].b[TARGET] != NULL) {
-                    const struct step_lora &lora = p.lora[adapter];
-                    const float *b = adapter == main ? factors_b + m * lora.rank
-                                                     : lora.b[TARGET] + (int64_t)out * lora.rank;
-                    float dot = step_dot(b, row_u + local * STEP_RANK, lora.rank);
-                    /* u was made of h, which 1/rms has yet to scale */
-                    v = fmaf(MODE == STEP_MODE_IN ? lora.scale * row_scale[local] : lora.scale, dot, v);
-                }
+        const float scale = SCALED ? row_scale[local] : 1.0f;
+        const int adapter = MODE != STEP_MODE_HEAD && p.lora != NULL ? p.header->adapters[n] : -1;
+        const struct step_lora *lora =
+            adapter >= 0 && p.lora[adapter].b[TARGET] != NULL ? &p.lora[adapter] : NULL;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            v.v[e] *= scale;
+            if (MODE != STEP_MODE_HEAD && p.bias != NULL && m < outputs)
+                v.v[e] += p.bias[out + e];
+            if (lora != NULL && m < outputs) { /* u was made of h, which 1/rms has yet to scale */
+                const float *b = adapter == main ? factors_b + (m + e) * lora->rank
+                                                 : lora->b[TARGET] + (int64_t)(out + e) * lora->rank;
+                v.v[e] =
+                    fmaf(lora->scale * scale, step_dot(b, row_u + local * STEP_RANK, lora->rank), v.v[e]);
             }
-            if (MODE == STEP_MODE_IN && out < p.inner) {
-                step_type xc = from_float<step_type>(convolve(
-                    p, n, out, v, conv_states + local * (STEP_CONV - 1) * L::M + m, L::M, conv, bias));
-                p.xc[(int64_t)n * p.inner + out] = xc;
-                fed = to_float(xc);
-            } else if (MODE == STEP_MODE_IN) {
-                p.z[(int64_t)n * p.inner + out - p.inner] = v;
-            } else if (MODE == STEP_MODE_OUT) {
-                float *r = p.r + (int64_t)n * p.m + out;
-                v += *r;
-                *r = v;
-                step_type h = from_float<step_type>(v * norm);
-                p.h[(int64_t)n * p.m + out] = h;
-                fed = to_float(h);
-            } else {
-                p.y[(int64_t)n * p.m + out] = v;
+        }
+        if (m >= outputs) {
+        } else if (MODE == STEP_MODE_IN && out < p.inner) {
+            const float *before = ahead_rows + local * (STEP_CONV - 1) * L::M + m;
+            v = convolve(p, n, out, v, before, L::M, ahead_weight + m * STEP_CONV, ahead_bias + m);
+            fed = store_rounded(p.xc + (int64_t)n * p.inner + out, v);
+        } else if (MODE == STEP_MODE_IN) {
+            store_quad(p.z + (int64_t)n * p.inner + out - p.inner, v);
+        } else if (MODE == STEP_MODE_OUT) {
+            struct quad h, r = load_quad(ahead_rows + local * L::M + m), w = load_quad(ahead_weight + m);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                whole.v[e] = r.v[e] + v.v[e];
+                h.v[e] = whole.v[e] * w.v[e];
             }
+            store_quad(p.r + (int64_t)n * p.m + out, whole);
+            fed = store_rounded(p.h + (int64_t)n * p.m + out, h);
+        } else {
+            float *y = p.y + (int64_t)n * p.m + out;
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (m + e < outputs)
+                    y[e] = v.v[e];
         }
         if (FEEDS)
-            finished[local * L::STRIDE + m] = fed;
+            store_quad(finished + local * L::STRIDE + m, fed);
         if (MODE == STEP_MODE_OUT)
-            finished_r[local * L::STRIDE + m] = out < p.m ? v : 0.0f;
+            store_quad(finished_r + local * L::STRIDE + m, whole);
     }
 
     /* This block's part of the sums that the next product wants: 8 lanes a sum. */
@@ -405,9 +469,10 @@ template <int MODE, int N_TILES> static int launch(struct kernel_device *device,
     size_t sums = (size_t)(L::SUMS + 2 * own * L::STRIDE) * sizeof(float);
     size_t staged = L::STAGED ? (size_t)L::ROWS * (size_t)staged_stride(most_k) * sizeof(step_type) : 0;
     p->ahead = (int)(sums > staged ? sums : staged);
-    size_t factors = p->lora != NULL || MODE == STEP_MODE_IN ? 2 * L::FACTORS : 0;
-    size_t conv = MODE == STEP_MODE_IN ? (size_t)own * (STEP_CONV - 1) * L::M : 0;
-    size_t shared = (size_t)p->ahead + (factors + conv) * sizeof(float);
+    size_t per_output = MODE == STEP_MODE_IN ? STEP_CONV + 1 : 1,
+           per_row = MODE == STEP_MODE_IN ? STEP_CONV - 1 : 1;
+    size_t ahead = (per_output + (size_t)own * per_row) * L::M + (p->lora != NULL ? 2 * L::FACTORS : 0);
+    size_t shared = (size_t)p->ahead + ahead * sizeof(float);
     if (shared > (size_t)device->shared_bytes - 32768)
         return KERNEL_UNSUPPORTED;
     int status =

@@ -198,14 +198,27 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
         const float *factor_a = adapter == main ? dt_a : lora->a[STEP_DT];
         const float *factor_b =
             adapter == main ? dt_b + quad * rank : lora->b[STEP_DT] + (int64_t)channel * rank;
-        for (int j = 0; j < rank; j++) {
-            float sum = 0.0f;
-            for (int i = lane; i < p.rank; i += WARP)
-                sum = fmaf(factor_a[j * p.rank + i], x_dbl[i], sum);
-            sum = warp_sum(sum);
+        for (int first_j = 0; first_j < rank; first_j += 8) { /* 8 ranks at once, 4 lanes each */
+            float u = 0.0f;
+            if (first_j + lane / 4 < rank) {
+                const float *factor = factor_a + (first_j + lane / 4) * p.rank;
+#pragma unroll 4
+                for (int i = lane % 4 * 4; i < p.rank; i += 16) {
+                    float4 low = load4(x_dbl + i), f = load4(factor + i);
+                    u += low.x * f.x + low.y * f.y + low.z * f.z + low.w * f.w;
+                }
+            }
+            u += __shfl_xor_sync(0xffffffffu, u, 1);
+            u += __shfl_xor_sync(0xffffffffu, u, 2);
 #pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++)
-                low_dt[i] = fmaf(sum, factor_b[i * rank + j], low_dt[i]);
+            for (int j = 0; j < 8; j++) {
+                float one = __shfl_sync(0xffffffffu, u, 4 * j);
+                if (first_j + j < rank) {
+#pragma unroll
+                    for (int i = 0; i < LANE_CHANNELS; i++)
+                        low_dt[i] = fmaf(one, factor_b[i * rank + first_j + j], low_dt[i]);
+                }
+            }
         }
     }
 
