@@ -328,6 +328,16 @@ int64_t model_parameter_count(const struct model *model)
     return model->parameter_count;
 }
 
+enum kernel_type model_inference_type(const struct model *model)
+{
+    return model->act;
+}
+
+void model_infer_in_fp32(struct model *model)
+{
+    model->act = TYPE_F32;
+}
+
 struct weight_view model_view(const struct model *model, const struct adapter *adapter, int64_t index)
 {
     const struct weight *weight = &model->weights[index];

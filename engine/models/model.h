@@ -53,6 +53,10 @@ int64_t model_weight_count(const struct model *model);
 const struct weight *model_weight(const struct model *model, int64_t index);
 int64_t model_weight_bytes(const struct model *model); /* on the device */
 int64_t model_parameter_count(const struct model *model);
+/* What activations are in inference: fp32 on the host, elsewhere what the base is stored in. A comparison may ask for
+ * fp32 there too, before it makes runners and adapters. */
+enum kernel_type model_inference_type(const struct model *model);
+void model_infer_in_fp32(struct model *model);
 
 /* ---- adaptation: what is trained ---- */
 

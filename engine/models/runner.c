@@ -280,6 +280,7 @@ int runner_forward(struct runner *runner, const struct forward_request *request,
     if (code)
         return code;
     make_parts(runner, request);
+    runner->has_logits = false;
     runner->n_seqs = request->n_seqs;
     runner->n_rows = request->seq_starts[request->n_seqs];
     for (int32_t s = 0; s < request->n_seqs; s++)

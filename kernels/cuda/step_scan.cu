@@ -18,8 +18,6 @@ static_assert(DT_WARPS * DT_BLOCKS * 32 == STEP_DT_RANK, "");
 static_assert(WARPS == SEQUENCES, "a warp a sequence");
 static_assert(STEP_STATE / LANE_STATES * (STEP_SCAN_CHANNELS / LANE_CHANNELS) == WARP, "a warp's lanes");
 
-static const float LOG2_E = 1.4426950408889634f;
-
 /* ---- embeddings ---- */
 
 static __global__ void __launch_bounds__(STEP_THREADS)

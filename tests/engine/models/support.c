@@ -112,6 +112,7 @@ struct model *open_model(const struct backend *backend, const char *relative)
     struct model *model = NULL;
     const char *path = *relative == '/' ? relative : source_path(relative);
     check_ok(model_open(path, backend->ops, backend->device, &model, &error), &error);
+    model_infer_in_fp32(model);
     return model;
 }
 

@@ -48,6 +48,7 @@ void check_ok(int code, const struct error *error);
 /* The code and a part of the message. */
 void check_error(int code, int expected, const struct error *error, const char *part);
 
+/* Its inference is in fp32 on every backend. */
 struct model *open_model(const struct backend *backend, const char *relative);
 struct safetensors *open_vector(const char *relative);
 json_t *load_json(const char *relative);

@@ -317,6 +317,83 @@ static void test_mixed_adapters(void **state)
     remove_folder(folder);
 }
 
+/* ---- in the type that the base is stored in ---- */
+
+/* Prompts, then steps along the official continuations; the logits of step i at [i][prompt][vocab]. */
+static float *follow_prompts(struct model *model, const struct prompts *prompts,
+                             const struct adapter_span *spans, int32_t n_spans, size_t n_steps)
+{
+    struct error error = {0};
+    struct runner *runner = NULL;
+    struct state_pool *pool = NULL;
+    const int64_t vocab = model_config(model)->vocab_size, rows = MAX_PROMPTS * vocab;
+    const int32_t slots[MAX_PROMPTS] = {2, 0, 3, 1}, steps[MAX_PROMPTS + 1] = {0, 1, 2, 3, 4};
+    int32_t next[MAX_PROMPTS];
+    float *all = malloc(n_steps * (size_t)rows * sizeof *all);
+    assert_non_null(all);
+    check_ok(state_pool_create(model, MAX_PROMPTS, &pool, &error), &error);
+    check_ok(runner_create(model, prompts->starts[MAX_PROMPTS], MAX_PROMPTS, &runner, &error), &error);
+    struct forward_request request = {.n_seqs = MAX_PROMPTS,
+                                      .seq_starts = prompts->starts,
+                                      .ids = prompts->ids,
+                                      .slots = slots,
+                                      .states = pool,
+                                      .spans = spans,
+                                      .n_spans = n_spans};
+    for (size_t step = 0; step < n_steps; step++) {
+        const float *logits;
+        check_ok(runner_forward(runner, &request, &error), &error);
+        check_ok(runner_logits(runner, NULL, 0, &logits, &error), &error);
+        float *values = read_device(model, logits, rows);
+        memcpy(all + (int64_t)step * rows, values, (size_t)rows * sizeof *values);
+        free(values);
+        for (int32_t i = 0; i < MAX_PROMPTS; i++)
+            next[i] =
+                (int32_t)json_integer_value(json_array_get(prompt_field(prompts, i, "greedy_ids"), step));
+        request.seq_starts = steps;
+        request.ids = next;
+    }
+    runner_free(runner);
+    state_pool_free(pool);
+    return all;
+}
+
+/* The base alone, then with adapters on some sequences: near the same in fp32, and the same bits again. */
+static void test_stored_type(void **state)
+{
+    enum { STEPS = 12 };
+    const struct backend *backend = *state;
+    struct error error = {0};
+    struct prompts prompts;
+    struct model *model = NULL, *exact = open_model(backend, "models/hatchling");
+    check_ok(model_open(source_path("models/hatchling"), backend->ops, backend->device, &model, &error),
+             &error);
+    load_prompts(&prompts);
+    const struct lora_config wide = {.targets = TARGETS_ALL, .rank = 8, .alpha = 4};
+    const struct lora_config narrow = {.targets = TARGETS_DEFAULT, .rank = 3, .alpha = 3};
+    const int64_t vocab = model_config(model)->vocab_size;
+    for (int adapted = 0; adapted < 2; adapted++) {
+        float *logits[3];
+        for (int i = 0; i < 3; i++) { /* as stored, again, in fp32 */
+            struct model *one = i < 2 ? model : exact;
+            struct adapter *first = random_adapter(one, &wide, 3), *second = random_adapter(one, &narrow, 4);
+            const struct adapter_span spans[] = {{NULL, 0, 1}, {first, 1, 3}, {second, 3, 4}};
+            logits[i] = follow_prompts(one, &prompts, spans, adapted ? 3 : 0, STEPS);
+            adapter_free(first);
+            adapter_free(second);
+        }
+        int64_t count = STEPS * MAX_PROMPTS * vocab;
+        assert_memory_equal(logits[0], logits[1], (size_t)count * sizeof(float));
+        double bound = model_inference_type(model) == TYPE_F32 ? 1e-5 : 0.03;
+        assert_true(relative_error(logits[0], logits[2], count) < bound);
+        for (int i = 0; i < 3; i++)
+            free(logits[i]);
+    }
+    model_close(model);
+    model_close(exact);
+    json_decref(prompts.json);
+}
+
 static void test_bad_requests(void **state)
 {
     struct error error = {0};
@@ -357,7 +434,7 @@ int main(void)
         cmocka_unit_test(test_hatchling_scores),     cmocka_unit_test(test_hatchling_logits),
         cmocka_unit_test(test_hatchling_steps),      cmocka_unit_test(test_hatchling_greedy),
         cmocka_unit_test(test_steps_equal_parallel), cmocka_unit_test(test_mixed_adapters),
-        cmocka_unit_test(test_bad_requests),
+        cmocka_unit_test(test_bad_requests),         cmocka_unit_test(test_stored_type),
     };
     return run_on_both(tests);
 }
