@@ -424,10 +424,11 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
             }
         }
     }
-    if (MODE == STEP_MODE_HEAD && tile < rows) { /* the hidden states on the way; here splits is 1 */
-        for (int i = threadIdx.x; i < p.k; i += STEP_THREADS)
-            p.hidden[(int64_t)tile * p.k + i] =
-                from_float<step_type>(p.r[(int64_t)tile * p.k + i] * row_scale[tile] * p.norm[i]);
+    if (MODE == STEP_MODE_HEAD) { /* the hidden states on the way; here splits is 1 */
+        for (int n = tile; n < rows; n += p.tiles)
+            for (int i = threadIdx.x; i < p.k; i += STEP_THREADS)
+                p.hidden[(int64_t)n * p.k + i] =
+                    from_float<step_type>(p.r[(int64_t)n * p.k + i] * row_scale[n] * p.norm[i]);
     }
     if (splits > 1)
         cluster.sync(); /* the others have read this block's sums */
