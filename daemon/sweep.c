@@ -15,16 +15,16 @@ static int compare(const void *a, const void *b)
     return strcmp(a, b);
 }
 
-static int sweep_folder(struct store *store, enum store_table table, const char *folder, const char *prefix,
-                        struct error *error)
+/* ids: sorted. */
+static int sweep_folder(char (*ids)[ID_BYTES], size_t n_ids, const char *data_dir, const char *name,
+                        const char *prefix, struct error *error)
 {
-    char(*ids)[ID_BYTES] = NULL;
-    size_t n_ids = 0;
+    char folder[4096];
+    snprintf(folder, sizeof folder, "%s/%s", data_dir, name);
     DIR *dir = opendir(folder);
     if (!dir)
         return error_set(error, ERROR_IO, "cannot open %s: %s", folder, strerror(errno));
-    int code = store_load_ids(store, table, &ids, &n_ids, error);
-    for (struct dirent *item; !code && (item = readdir(dir));) {
+    for (struct dirent *item; (item = readdir(dir));) {
         char path[4096 + 256];
         if (strncmp(item->d_name, prefix, strlen(prefix)) != 0 || strlen(item->d_name) >= ID_BYTES ||
             (n_ids && bsearch(item->d_name, ids, n_ids, sizeof *ids, compare)))
@@ -38,18 +38,23 @@ static int sweep_folder(struct store *store, enum store_table table, const char 
         }
         log_write(LOG_INFO, "removed what no row names", "path", path, NULL);
     }
-    free(ids);
     closedir(dir);
-    return code;
+    return 0;
 }
 
 int sweep_orphans(struct store *store, const char *data_dir, struct error *error)
 {
-    char folder[4096];
-    snprintf(folder, sizeof folder, "%s/files", data_dir);
-    int code = sweep_folder(store, STORE_FILES, folder, "file-", error);
-    snprintf(folder, sizeof folder, "%s/jobs", data_dir);
+    char(*files)[ID_BYTES] = NULL, (*jobs)[ID_BYTES] = NULL;
+    size_t n_files = 0, n_jobs = 0;
+    int code = store_load_ids(store, STORE_FILES, &files, &n_files, error);
     if (!code)
-        code = sweep_folder(store, STORE_JOBS, folder, "ftjob-", error);
+        code = store_load_ids(store, STORE_JOBS, &jobs, &n_jobs, error);
+    if (!code && n_files + n_jobs) {
+        code = sweep_folder(files, n_files, data_dir, "files", "file-", error);
+        if (!code)
+            code = sweep_folder(jobs, n_jobs, data_dir, "jobs", "ftjob-", error);
+    }
+    free(files);
+    free(jobs);
     return code;
 }

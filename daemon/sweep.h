@@ -6,7 +6,8 @@
 
 /* Remove files of DATA_DIR/files and folders of DATA_DIR/jobs that have an id of ours and no row: a file has its name
  * before its row commits and loses it after the row is gone, and between the two anything may end. What else lies
- * there is left alone. */
+ * there is left alone, and everything where the database has no row at all: that is a new or a lost one, and somebody
+ * may still want what it knew. */
 int sweep_orphans(struct store *store, const char *data_dir, struct error *error);
 
 #endif

@@ -155,8 +155,12 @@ static int open_parts(struct kernel_device *device)
     if (status == KERNEL_OK)
         status = cuda_check_blas(device,
                                  device->cublas->set_atomics_mode(device->blas, CUBLAS_ATOMICS_NOT_ALLOWED));
+    /* A product that is split keeps its parts in fp32, whatever the type of its result. */
     if (status == KERNEL_OK)
-        status = cuda_check_blas(device, device->cublas->set_math_mode(device->blas, CUBLAS_DEFAULT_MATH));
+        status = cuda_check_blas(
+            device, device->cublas->set_math_mode(
+                        device->blas, (cublasMath_t)(CUBLAS_DEFAULT_MATH |
+                                                     CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     return status;
 }
 

@@ -170,6 +170,19 @@ def test_what_no_row_names_is_swept_at_the_start(own_server):
     assert server.openai().files.content(file).read() == STORIES
 
 
+def test_a_lost_database_takes_no_files_with_it(own_server):
+    server = own_server()
+    upload(server.openai())
+    assert server.stop() == 0
+    data = server.folder / "data"
+    files = sorted((data / "files").iterdir())
+    database = list(data.glob("adderd.db*"))
+    for path in database:
+        path.unlink()
+    server.start()
+    assert database and files and sorted((data / "files").iterdir()) == files
+
+
 def test_acknowledged_files_survive_a_kill(own_server):
     server = own_server()
     client = server.openai()
