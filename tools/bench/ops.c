@@ -245,6 +245,19 @@ static struct cost cost_scan_prepare(const struct scan_prepare_args *a)
     return cost_of(elements, 2 * elements * sizeof(float), PRECISION_FP32, "scan_prepare");
 }
 
+/* Every matrix once, every row's states both ways, the logits. */
+static struct cost cost_mamba_step(const struct mamba_step_args *a)
+{
+    double d = (double)a->d_model, inner = (double)a->d_inner, rows = (double)a->rows;
+    double low = (double)a->dt_rank, n = (double)a->d_state, layers = (double)a->n_layers;
+    double layer = inner * (3 * d + 2 * low + 2 * n), head = (double)a->vocab * d;
+    double state = inner * (n + (double)a->d_conv - 1) * sizeof(float);
+    return cost_of(2 * rows * (layers * layer + head),
+                   (layers * layer + head) * size_of(a->type) +
+                       rows * (2 * layers * state + (double)a->vocab * sizeof(float)),
+                   precision_of(a->type, false), "mamba_step");
+}
+
 static struct cost cost_head(const struct head_args *a)
 {
     double rows = (double)a->rows, d = (double)a->d_model, vocab = (double)a->vocab;
@@ -252,7 +265,7 @@ static struct cost cost_head(const struct head_args *a)
     return cost_of(2 * products * rows * d * vocab,
                    rows * d * size_of(a->act) * (a->d_hidden ? 2 : 1) + vocab * d * size_of(a->weight_type) +
                        (a->d_weight ? 2 * vocab * d * sizeof(float) : 0),
-                   precision_of(a->act, false), "head%s", a->d_hidden ? " and its gradient" : "");
+                   precision_of(a->act, a->tf32), "head%s", a->d_hidden ? " and its gradient" : "");
 }
 
 static struct cost cost_adamw(const struct adamw_args *a)
@@ -305,6 +318,15 @@ WRAP(head)
 WRAP(adamw)
 WRAP(grad_norm)
 WRAP(sample)
+
+/* Where the backend has no path for it, the other ops follow: nothing is counted. */
+static int wrap_mamba_step(struct kernel_device *device, const struct mamba_step_args *args)
+{
+    struct cost cost = cost_mamba_step(args);
+    begin(device);
+    int status = profile.ops->mamba_step(device, args);
+    return status == KERNEL_UNSUPPORTED ? status : end(device, &cost, status);
+}
 
 static int wrap_copy_in(struct kernel_device *device, void *to, const void *from, size_t bytes)
 {
@@ -365,6 +387,8 @@ static const struct kernel_ops *wrap(const struct kernel_ops *ops)
     wrapper->scan_prepare = wrap_scan_prepare;
     wrapper->scan_forward = wrap_scan_forward;
     wrapper->scan_backward = wrap_scan_backward;
+    if (ops->mamba_step != NULL)
+        wrapper->mamba_step = wrap_mamba_step;
     wrapper->head = wrap_head;
     wrapper->adamw = wrap_adamw;
     wrapper->grad_norm = wrap_grad_norm;
