@@ -47,6 +47,8 @@ const char *kernel_status_text(int status);
 
 /* An open device: its stream, its threads, its own small scratch. Opaque; one owner thread at a time. */
 struct kernel_device;
+/* Ops with their arguments, to be queued again; see record_begin. */
+struct kernel_recording;
 
 struct kernel_device_info {
     char name[128];      /* "cpu (AVX-512, 2 threads)" */
@@ -476,6 +478,17 @@ struct kernel_ops {
      * from one slot's mark to a later one's, waiting for both. For measuring: a mark waits for nothing. */
     int (*mark)(struct kernel_device *device, int slot);
     int (*mark_seconds)(struct kernel_device *device, int from, int to, double *ret_seconds);
+
+    /* Record instead of run: the ops queued between record_begin and record_end are kept with their arguments, host arrays
+     * copied, and record_run queues all of them at once, as often as it is asked. They read what device memory holds then;
+     * the memory itself must stay. Not among them: what hands values to or from the host (copy_in, copy_out, synchronize,
+     * mark, sample, grad_norm) and mamba_step, which answer KERNEL_INVALID, as does record_end then. After an error of an op or of
+     * record_end there is no recording. record_run answers KERNEL_UNSUPPORTED, and does nothing, when memory that ops
+     * keep among themselves has moved since: free it, and record anew. All NULL where a device gains nothing by it. */
+    int (*record_begin)(struct kernel_device *device);
+    int (*record_end)(struct kernel_device *device, struct kernel_recording **ret_recording);
+    int (*record_run)(struct kernel_device *device, const struct kernel_recording *recording);
+    void (*record_free)(struct kernel_device *device, struct kernel_recording *recording);
 
     int (*gemm)(struct kernel_device *, const struct gemm_args *);
     int (*lora_forward)(struct kernel_device *, const struct lora_forward_args *);

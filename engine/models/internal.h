@@ -127,6 +127,18 @@ enum pass_buffer {
     PASS_FAMILY,    /* the family's own from here on */
 };
 
+/* ---- replay.c: a pass's layers, queued again as they were recorded ---- */
+
+struct replay {
+    int64_t n_tokens; /* the shape of the latest pass */
+    int32_t n_seqs;
+    int32_t *seq_starts; /* [max_seqs+1] */
+    int64_t passes;      /* of that shape in a row */
+    struct kernel_recording *
+        *layers; /* [2*n_layers]: forward, then backward; each NULL until it is recorded */
+};
+enum direction { FORWARD, BACKWARD };
+
 struct pass {
     struct model *model;
     struct adapter *adapter;
@@ -135,14 +147,26 @@ struct pass {
     void *buffers[PLAN_MAX];
     int64_t head_bytes; /* of PASS_HEAD */
     struct weight_copies copies;
-    int32_t *host_targets; /* [T] staging */
-    int64_t n_targets;     /* since the last pass_collect() */
+    int32_t *host_targets;    /* [T] staging */
+    int64_t n_targets;        /* since the last pass_collect() */
+    struct replay replays[2]; /* of passes without and with a backward */
+    struct replay *replay;    /* of the pass that runs, NULL where its layers are queued op by op */
 };
 /* The whole table of a pass, of a request that is resolved. */
 void pass_plan(const struct model *model, const struct plan_request *request, struct plan *ret_plan);
 /* The request with the recompute level that its limit asks for, and that level's table. */
 int plan_resolve(const struct model *model, const struct plan_request *request,
                  struct plan_request *ret_request, struct plan *ret_plan, struct error *error);
+
+/* A pass begins: decide how its layers are queued. */
+void replay_begin(struct pass *pass, const struct batch *batch, const struct pass_options *options);
+/* Queue one direction of one layer: what `work` queues, which is handed the pass and arg, or what it queued in an earlier
+ * pass of this shape. Returns a kernel_status. */
+typedef int layer_work(const struct pass *pass, const void *arg);
+int replay_layer(const struct pass *pass, int64_t layer, enum direction direction, layer_work *work,
+                 const void *arg);
+int replay_create(struct pass *pass, struct error *error);
+void replay_free(struct pass *pass);
 
 /* ---- runner.c ---- */
 

@@ -178,6 +178,12 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
 
 /* ---- forward ---- */
 
+static int forward_work(const struct pass *pass, const void *flow)
+{
+    (void)pass;
+    return layer_forward(flow);
+}
+
 int mamba_pass_forward(struct pass *pass, const struct batch *batch, const struct pass_options *options,
                        struct error *error)
 {
@@ -186,7 +192,7 @@ int mamba_pass_forward(struct pass *pass, const struct batch *batch, const struc
         struct layer_flow flow = pass_flow(pass, batch, options, layer);
         if (!options->backward)
             flow.chunk_states = NULL;
-        int status = layer_forward(&flow);
+        int status = replay_layer(pass, layer, FORWARD, forward_work, &flow);
         if (status)
             return model_status(status, error, "layer %" PRId64 " forward", layer);
         if (options->yield)
@@ -390,11 +396,12 @@ static int out_backward(const struct pass *pass, const struct layer_flow *flow, 
     return project_backward(flow, &out);
 }
 
-/* PASS_DRESIDUAL holds the gradient of the layer's output; leave there the gradient of its input. `below`:
- * something trains below this layer, so that its input's gradient is wanted; without it, stop at the lowest
- * tensor that trains. */
-static int layer_backward(const struct pass *pass, const struct layer_flow *flow, bool below)
+/* PASS_DRESIDUAL holds the gradient of the layer's output; leave there the gradient of its input. Where nothing trains
+ * below this layer its input's gradient is not wanted: stop at the lowest tensor that trains. */
+static int backward_work(const struct pass *pass, const void *arg)
 {
+    const struct layer_flow *flow = arg;
+    const bool below = flow->layer > 0 || adapter_trains(pass->adapter, TARGET_EMBEDDINGS);
     const struct model_config *c = &pass->model->config;
     const struct adapter *adapter = pass->adapter;
     void *const *at = pass->buffers;
@@ -465,7 +472,7 @@ int mamba_pass_backward(struct pass *pass, const struct batch *batch, const stru
         return model_status(status, error, "final norm backward");
     for (int64_t layer = c->n_layers - 1; layer >= 0; layer--) {
         struct layer_flow flow = pass_flow(pass, batch, options, layer);
-        status = layer_backward(pass, &flow, layer > 0 || adapter_trains(pass->adapter, TARGET_EMBEDDINGS));
+        status = replay_layer(pass, layer, BACKWARD, backward_work, &flow);
         if (status)
             return model_status(status, error, "layer %" PRId64 " backward", layer);
         if (options->yield)

@@ -109,6 +109,8 @@ int pass_create(struct model *model, struct adapter *adapter, const struct plan_
     if (!pass->host_targets)
         code = error_set(error, ERROR_NO_MEMORY, "no memory for a training pass");
     if (!code)
+        code = replay_create(pass, error);
+    if (!code)
         code = plan_carve(&plan, model->ops, model->device, &pass->arena, pass->buffers, error);
     if (!pass->buffers[PASS_DRESIDUAL])
         pass->buffers[PASS_DRESIDUAL] = pass->buffers[PASS_RESIDUAL];
@@ -134,6 +136,7 @@ void pass_free(struct pass *pass)
         if (pass->copies.data[i] && pass->adapter->adaptation == ADAPT_FULL)
             pass->adapter->parameters[i].slice.copy = NULL;
     free(pass->copies.data);
+    replay_free(pass);
     if (pass->arena)
         pass->model->ops->memory_free(pass->model->device, pass->arena);
     free(pass->host_targets);
@@ -312,6 +315,8 @@ int pass_run(struct pass *pass, const struct batch *batch, const struct pass_opt
         code = error_set(error, ERROR_INVALID, "an adapter that is only served cannot be trained");
     if (!code)
         code = adapter_renew(pass->adapter, error);
+    if (!code)
+        replay_begin(pass, batch, options);
     if (!code)
         code = model_status(embed(pass, batch), error, "embeddings");
     if (!code)

@@ -20,6 +20,10 @@ static struct kernel_ops make_ops(void)
     ops.synchronize = cuda_synchronize;
     ops.mark = cuda_mark;
     ops.mark_seconds = cuda_mark_seconds;
+    ops.record_begin = cuda_record_begin;
+    ops.record_end = cuda_record_end;
+    ops.record_run = cuda_record_run;
+    ops.record_free = cuda_record_free;
     ops.gemm = cuda_gemm;
     ops.lora_forward = cuda_lora_forward;
     ops.linear_workspace = cuda_linear_workspace;

@@ -88,7 +88,9 @@ struct kernel_device {
     void *results; /* see cuda_results */
     size_t results_bytes;
     uint64_t uses_of_cache;
-    struct cuda_steps *steps; /* step.cu's, NULL before the first step */
+    struct kernel_recording *recording; /* being made, or NULL; recording.cu */
+    uint64_t scratch_moves;             /* how often an area of cuda_scratch has moved */
+    struct cuda_steps *steps;           /* step.cu's, NULL before the first step */
     struct cuda_allocation *allocations;
     int64_t allocated_bytes, peak_bytes;
     cudaEvent_t *marks; /* [KERNEL_MARKS], each NULL until it is used; marks.cu */
@@ -100,6 +102,8 @@ struct kernel_device {
 
 /* KERNEL_OK, or the sticky status. Makes the device current on this thread. */
 int cuda_enter(struct kernel_device *device);
+/* The same for ops that cannot be part of a recording; recording.cu. */
+int cuda_enter_unrecorded(struct kernel_device *device);
 /* What a code of the runtime means: out of memory and wrong launches pass; everything else is the end of the device. */
 int cuda_check(struct kernel_device *device, cudaError_t code);
 int cuda_check_blas(struct kernel_device *device, cublasStatus_t code);
@@ -112,6 +116,8 @@ int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, con
 /* The same for what many ops in a row are handed (boundaries, slots, slices): one of the last CUDA_CACHED_COUNT arrays
  * with the same contents is there already, and nothing is copied. An op asks for fewer than that many. */
 int cuda_stage_cached(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device);
+/* What cuda_stage and cuda_stage_cached do while a recording is made: the array is the recording's. */
+int cuda_record_array(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device);
 /* At least `bytes` of device memory, 256-byte aligned, contents undefined. */
 int cuda_scratch(struct kernel_device *device, enum cuda_scratch_area area, size_t bytes, void **ret_pointer);
 /* At least `bytes` of the host's memory that kernels can write, for the few numbers that an op returns: a kernel stores
@@ -297,6 +303,10 @@ int cuda_synchronize(struct kernel_device *device);
 int cuda_mark(struct kernel_device *device, int slot);
 int cuda_mark_seconds(struct kernel_device *device, int from, int to, double *ret_seconds);
 void cuda_marks_free(struct kernel_device *device);
+int cuda_record_begin(struct kernel_device *device);
+int cuda_record_end(struct kernel_device *device, struct kernel_recording **ret_recording);
+int cuda_record_run(struct kernel_device *device, const struct kernel_recording *recording);
+void cuda_record_free(struct kernel_device *device, struct kernel_recording *recording);
 
 int cuda_gemm(struct kernel_device *device, const struct gemm_args *a);
 int cuda_lora_forward(struct kernel_device *device, const struct lora_forward_args *a);

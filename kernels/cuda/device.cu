@@ -35,6 +35,9 @@ int cuda_check(struct kernel_device *device, cudaError_t code)
     case cudaErrorInvalidConfiguration:
         (void)cudaGetLastError();
         return KERNEL_INVALID;
+    case cudaErrorStreamCaptureUnsupported: /* of a recording, which ends with it */
+    case cudaErrorStreamCaptureInvalidated:
+    case cudaErrorStreamCaptureImplicit:
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorLaunchOutOfResources:
@@ -58,6 +61,8 @@ int cuda_check_blas(struct kernel_device *device, cublasStatus_t code)
     case CUBLAS_STATUS_ARCH_MISMATCH:
         return KERNEL_UNSUPPORTED;
     default:
+        if (device->recording != NULL) /* nothing ran: a device that is lost says so again */
+            return KERNEL_UNSUPPORTED;
         char reason[32];
         snprintf(reason, sizeof(reason), "cuBLAS failed with %d", (int)code);
         return lose_device(device, reason);
@@ -323,7 +328,7 @@ static int copy_in_pinned(struct kernel_device *device, void *to, const void *fr
 /* What is too large for pinned memory is waited for, since the caller's array may change on return. */
 int cuda_copy_in(struct kernel_device *device, void *to_device, const void *from_host, size_t bytes)
 {
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     if (status != KERNEL_OK || bytes == 0)
         return status;
     if (bytes <= SMALL_BYTES)
@@ -335,7 +340,7 @@ int cuda_copy_in(struct kernel_device *device, void *to_device, const void *from
 
 int cuda_copy_out(struct kernel_device *device, void *to_host, const void *from_device, size_t bytes)
 {
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     if (status != KERNEL_OK || bytes == 0)
         return status;
     char *through = (char *)to_host, *unused;
@@ -369,7 +374,7 @@ int cuda_zero(struct kernel_device *device, void *pointer, size_t bytes)
 
 int cuda_synchronize(struct kernel_device *device)
 {
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     return status == KERNEL_OK ? cuda_check(device, cudaStreamSynchronize(device->stream)) : status;
 }
 
@@ -377,6 +382,8 @@ int cuda_synchronize(struct kernel_device *device)
 
 int cuda_stage(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device)
 {
+    if (device->recording != NULL)
+        return cuda_record_array(device, host, bytes, ret_device);
     char *pinned, *to;
     int status = staging_reserve(device, bytes, &pinned, &to);
     if (status == KERNEL_OK && bytes > 0) {
@@ -408,6 +415,8 @@ static int cached_grow(struct kernel_device *device, struct cuda_cached *entry, 
 /* The array that was asked for least recently makes room: its copy is overwritten behind all that reads it. */
 int cuda_stage_cached(struct kernel_device *device, const void *host, size_t bytes, const void **ret_device)
 {
+    if (device->recording != NULL)
+        return cuda_record_array(device, host, bytes, ret_device);
     struct cuda_cached *oldest = &device->cached[0];
     device->uses_of_cache++;
     for (int i = 0; i < CUDA_CACHED_COUNT; i++) {
@@ -438,6 +447,7 @@ int cuda_scratch(struct kernel_device *device, enum cuda_scratch_area area, size
 {
     if (device->scratch[area].bytes < bytes) {
         release(device, device->scratch[area].pointer);
+        device->scratch_moves++;
         device->scratch[area].pointer = NULL;
         device->scratch[area].bytes = 0;
         int status = allocate(device, bytes, &device->scratch[area].pointer);

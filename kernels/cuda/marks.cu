@@ -14,7 +14,7 @@ void cuda_marks_free(struct kernel_device *device)
 
 int cuda_mark(struct kernel_device *device, int slot)
 {
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     if (status != KERNEL_OK)
         return status;
     if (slot < 0 || slot >= KERNEL_MARKS)

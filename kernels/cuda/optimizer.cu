@@ -194,7 +194,7 @@ static __global__ void total_kernel(const double *__restrict__ sums, int64_t cou
 
 int cuda_grad_norm(struct kernel_device *device, const struct grad_norm_args *a)
 {
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     if (status != KERNEL_OK)
         return status;
     if (a->n_slices < 0)

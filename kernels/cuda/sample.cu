@@ -685,7 +685,7 @@ static void take_results(const struct sample_args *s, const struct sample_result
 int cuda_sample(struct kernel_device *device, const struct sample_args *s)
 {
     struct sample_task task = {};
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     if (status == KERNEL_OK)
         status = check_args(s);
     if (status != KERNEL_OK || s->rows == 0)

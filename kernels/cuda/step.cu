@@ -506,7 +506,7 @@ static int run_chain(const struct chain *chain, struct graph_slot *slot)
 
 int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *a)
 {
-    int status = cuda_enter(device);
+    int status = cuda_enter_unrecorded(device);
     if (status != KERNEL_OK)
         return status;
     if (!valid(a))

@@ -327,6 +327,63 @@ static void test_arrays_that_come_again(void **state)
     session_close(&s);
 }
 
+/* A recording does again what was recorded, with what memory holds then and host arrays as they were. */
+static void test_recording(void **state)
+{
+    (void)state;
+    enum { COUNT = 100, RUNS = 3, MANY = 100000 };
+    const struct kernel_ops *ops = best_backend() == kernels_cpu() ? kernels_cpu() : kernels_cuda();
+    if (!ops->record_begin)
+        skip();
+    struct session s;
+    session_open(&s, best_backend(), 2);
+    struct kernel_device *device = s.device;
+    struct kernel_recording *recording = NULL, *refused = NULL;
+    void *memory = NULL;
+    float values[COUNT];
+    double sum = 0;
+    for (int i = 0; i < COUNT; i++)
+        values[i] = 1.0f;
+    assert_int_equal(ops->memory_alloc(device, MANY * sizeof(float), &memory), KERNEL_OK);
+    assert_int_equal(ops->zero(device, memory, MANY * sizeof(float)), KERNEL_OK);
+    float *param = memory, *ones = param + 4 * COUNT;
+    struct param_slice slice = {.count = COUNT,
+                                .param = param,
+                                .m = param + COUNT,
+                                .v = param + 2 * COUNT,
+                                .grad = param + 3 * COUNT};
+    const struct adamw_args adamw = {
+        .slices = &slice, .n_slices = 1, .lr = 1, .eps = 1, .step = 1, .grad_scale = 1};
+    assert_int_equal(ops->copy_in(device, ones, values, sizeof values), KERNEL_OK);
+    assert_int_equal(ops->record_end(device, &recording), KERNEL_INVALID);
+
+    assert_int_equal(ops->record_begin(device), KERNEL_OK);
+    assert_int_equal(ops->record_begin(device), KERNEL_INVALID);
+    assert_int_equal(ops->record_end(device, &recording), KERNEL_INVALID);
+    assert_int_equal(ops->record_begin(device), KERNEL_OK);
+    assert_int_equal(ops->copy_in(device, ones, values, sizeof values), KERNEL_INVALID);
+    assert_int_equal(ops->record_end(device, &refused), KERNEL_INVALID);
+    assert_int_equal(ops->record_begin(device), KERNEL_OK);
+    assert_int_equal(ops->copy(device, slice.grad, ones, sizeof values), KERNEL_OK);
+    assert_int_equal(ops->adamw(device, &adamw), KERNEL_OK);
+    assert_int_equal(ops->record_end(device, &recording), KERNEL_OK);
+    slice = (struct param_slice){.count = COUNT};
+    for (int run = 0; run < RUNS; run++)
+        assert_int_equal(ops->record_run(device, recording), KERNEL_OK);
+    assert_int_equal(ops->copy_out(device, values, param, sizeof values), KERNEL_OK);
+    for (int i = 0; i < COUNT; i++)
+        assert_true(values[i] == -0.5f * RUNS); /* each step is by g / (|g| + eps) = 1/2 */
+
+    slice = (struct param_slice){.count = MANY, .grad = memory};
+    const struct grad_norm_args norm = {.slices = &slice, .n_slices = 1, .ret_sum = &sum};
+    assert_int_equal(ops->grad_norm(device, &norm),
+                     KERNEL_OK); /* takes memory that it shares with other ops */
+    assert_int_equal(ops->record_run(device, recording), KERNEL_UNSUPPORTED);
+    ops->record_free(device, recording);
+    ops->memory_free(device, memory);
+    session_close(&s);
+}
+
 /* What cannot be is refused before anything is touched: all pointers here are null. */
 static void test_refusals(void **state)
 {
@@ -386,6 +443,7 @@ int main(void)
         cmocka_unit_test(test_device),
         cmocka_unit_test(test_copies),
         cmocka_unit_test(test_arrays_that_come_again),
+        cmocka_unit_test(test_recording),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -369,6 +369,7 @@ static const struct kernel_ops *wrap(const struct kernel_ops *ops)
 {
     profile = (struct profile){.ops = ops, .wrapper = *ops};
     struct kernel_ops *wrapper = &profile.wrapper;
+    wrapper->record_begin = NULL; /* marks cannot be recorded */
     wrapper->copy_in = wrap_copy_in;
     wrapper->copy_out = wrap_copy_out;
     wrapper->copy = wrap_copy;

@@ -116,6 +116,41 @@ static void test_full_curves(void **state)
     check_curves(*state, "tests/vectors/hatchling_train_full.json", true);
 }
 
+static int64_t replayed;
+
+static int count_replay(struct kernel_device *device, const struct kernel_recording *recording)
+{
+    replayed++;
+    return kernels_cuda()->record_run(device, recording);
+}
+
+/* Layers that are recorded and run again give the bits that they give op by op. */
+static void test_replay(void **state)
+{
+    struct backend *backend = *state;
+    struct kernel_ops counting = *backend->ops, plain = *backend->ops;
+    counting.record_run = count_replay;
+    plain.record_begin = NULL;
+    for (int full = 0; full < 2; full++) {
+        json_t *json = load_json(full ? "tests/vectors/hatchling_train_full.json"
+                                      : "tests/vectors/hatchling_train_lora.json");
+        struct model *one = open_model(&(struct backend){&plain, backend->device}, "models/hatchling");
+        struct model *other = open_model(&(struct backend){&counting, backend->device}, "models/hatchling");
+        for (int p = 0; p < N_PRECISIONS; p++) {
+            double losses[MAX_STEPS] = {0}, again[MAX_STEPS] = {0};
+            replayed = 0;
+            train(one, json, full, &precisions[p], 0, losses);
+            assert_int_equal(replayed, 0);
+            train(other, json, full, &precisions[p], 0, again);
+            assert_true(replayed >= 2 * model_config(other)->n_layers);
+            assert_memory_equal(losses, again, sizeof losses);
+        }
+        model_close(one);
+        model_close(other);
+        json_decref(json);
+    }
+}
+
 /* What the plan says is what is taken from the device, converted weights included. */
 static void test_plan(void **state)
 {
@@ -152,7 +187,7 @@ static void test_plan(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_lora_curves), cmocka_unit_test(test_full_curves),
-                                       cmocka_unit_test(test_plan)};
+                                       cmocka_unit_test(test_replay), cmocka_unit_test(test_plan)};
     if (!cuda_wanted()) {
         printf("skipped: ADDERD_TEST_CUDA=1 asks for a GPU, the CPU computes in fp32 alone\n");
         return 77;
