@@ -136,6 +136,7 @@ struct linear_backward_args {
     int64_t dx_stride;
     bool accumulate; /* dx += instead of = */
     float *dweight;  /* [out,in] accumulates, or NULL */
+    bool overwrite;  /* dweight = instead of += */
     float *dbias;    /* [out] accumulates, or NULL */
     float *da, *db;  /* as A and B, accumulate; both NULL or neither */
     enum kernel_type act;
@@ -388,12 +389,14 @@ struct param_slice {
     int64_t count;
     float *param, *m, *v; /* master weights and moments, fp32 */
     float *grad;
-    bool decay; /* weight decay applies (matrices, not norms and biases) */
+    bool keep_grad; /* adamw need not zero it: the next one overwrites it */
+    bool decay;     /* weight decay applies (matrices, not norms and biases) */
     void *copy; /* the parameters in the type that passes compute with, written by every update; or NULL */
     enum kernel_type copy_type;
 };
 /* Loshchilov and Hutter 2019 (decoupled decay), bias-corrected as in Adam. Gradients are multiplied by
- * grad_scale first (1/accumulation x clip). All slices in one call. Zeroes the gradients when it is done. */
+ * grad_scale first (1/accumulation x clip). All slices in one call. Zeroes the gradients when it is done, but
+ * for those of keep_grad, which it leaves. */
 struct adamw_args {
     const struct param_slice *slices; /* host memory */
     int32_t n_slices;

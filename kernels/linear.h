@@ -35,13 +35,13 @@ static inline struct gemm_args linear_dx_product(const struct linear_backward_ar
     return g;
 }
 
-/* dW += dy^T x. */
+/* dW += dy^T x, or = with overwrite. */
 static inline struct gemm_args linear_dweight_product(const struct linear_backward_args *b)
 {
     struct gemm_args g = {0};
     g.m = b->layer.out, g.n = b->layer.in, g.k = b->rows;
     g.transpose_a = true;
-    g.alpha = g.beta = 1.0f;
+    g.alpha = 1.0f, g.beta = b->overwrite ? 0.0f : 1.0f;
     g.a = b->dy, g.a_stride = b->dy_stride;
     g.b = b->x, g.b_stride = b->x_stride;
     g.c = b->dweight, g.c_stride = b->layer.in;

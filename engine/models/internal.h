@@ -57,6 +57,9 @@ struct weight_view {
 };
 /* adapter: NULL or LoRA = the base's weights. */
 struct weight_view model_view(const struct model *model, const struct adapter *adapter, int64_t index);
+/* The family's projections: matrices that a pass multiplies with between the embeddings and the head. In a full fine-tune
+ * nothing but linear_backward writes their gradients, and every backward writes all of them. */
+bool model_is_projection(const struct model *model, int64_t index);
 /* Weights in the type that products want, where model_view()'s have another. */
 struct weight_copies {
     enum kernel_type type;
@@ -137,6 +140,7 @@ struct replay {
     struct kernel_recording *
         *layers; /* [2*n_layers]: forward, then backward; each NULL until it is recorded */
 };
+enum { N_REPLAYS = 3 };
 enum direction { FORWARD, BACKWARD };
 
 struct pass {
@@ -147,10 +151,12 @@ struct pass {
     void *buffers[PLAN_MAX];
     int64_t head_bytes; /* of PASS_HEAD */
     struct weight_copies copies;
-    int32_t *host_targets;    /* [T] staging */
-    int64_t n_targets;        /* since the last pass_collect() */
-    struct replay replays[2]; /* of passes without and with a backward */
-    struct replay *replay;    /* of the pass that runs, NULL where its layers are queued op by op */
+    int32_t *host_targets; /* [T] staging */
+    int64_t n_targets;     /* since the last pass_collect() */
+    bool fresh;            /* no backward since the step began: those of projections overwrite dweight */
+    struct replay
+        replays[N_REPLAYS]; /* of passes without a backward, with a step's first one, with another */
+    struct replay *replay;  /* of the pass that runs, NULL where its layers are queued op by op */
 };
 /* The whole table of a pass, of a request that is resolved. */
 void pass_plan(const struct model *model, const struct plan_request *request, struct plan *ret_plan);

@@ -13,6 +13,7 @@ struct layer_flow {
     const struct weight_copies *copies; /* or NULL */
     enum kernel_type act;               /* of every buffer below that is not fp32 */
     bool tf32;
+    bool fresh;    /* the backward's: gradients of projections are written, not added to */
     float dropout; /* of LoRA, and its philox key */
     uint64_t seed;
     void *workspace; /* of the linear layers */

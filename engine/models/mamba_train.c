@@ -140,6 +140,7 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
         .copies = &pass->copies,
         .act = act,
         .tf32 = request->tf32,
+        .fresh = pass->fresh,
         .dropout = options->backward ? adapter->lora.dropout : 0,
         .seed = options->dropout_seed,
         .workspace = at[PASS_SCRATCH],
@@ -343,6 +344,7 @@ static int project_backward(const struct layer_flow *flow, const struct projecte
                                         .workspace = flow->workspace};
     if (p->x) {
         args.dweight = linear.dweight;
+        args.overwrite = flow->fresh;
         args.dbias = linear.dbias;
         args.da = linear.da;
         args.db = linear.db;

@@ -359,6 +359,12 @@ struct weight_view model_product_view(const struct model *model, const struct ad
     return view;
 }
 
+bool model_is_projection(const struct model *model, int64_t index)
+{
+    const struct weight *weight = &model->weights[index];
+    return weight->matrix && !weight->fp32 && index != model->embedding && index != model->head;
+}
+
 const float *model_derived(const struct model *model, const struct adapter *adapter)
 {
     return adapter && adapter->adaptation == ADAPT_FULL ? adapter->derived : model->derived;

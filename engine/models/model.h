@@ -173,7 +173,7 @@ int model_plan(const struct model *model, const struct plan_request *request, st
 
 /* One arena for activations, gradients of activations, workspace and converted weights, sized by the plan of the same
  * request (whose adaptation and lora are the adapter's own). A full fine-tune in 16 bits gets its parameters' copies
- * here (param_slice.copy): one pass at a time, slices are taken from the adapter after this, and whoever writes
+ * here (param_slice.copy), and those of its projections keep their gradients (param_slice.keep_grad): one pass at a time, slices are taken from the adapter after this, and whoever writes
  * parameters other than by adamw calls adapter_refresh(). */
 struct pass;
 int pass_create(struct model *model, struct adapter *adapter, const struct plan_request *request,
@@ -181,8 +181,9 @@ int pass_create(struct model *model, struct adapter *adapter, const struct plan_
 void pass_free(struct pass *pass);
 
 struct pass_options {
-    bool backward;         /* false = evaluate */
-    float grad_scale;      /* gradients accumulated are grad_scale * d(sum over targets of -log p) */
+    bool backward;    /* false = evaluate */
+    bool first;       /* of a step: gradients of earlier steps are done with; see param_slice.keep_grad */
+    float grad_scale; /* gradients accumulated are grad_scale * d(sum over targets of -log p) */
     uint64_t dropout_seed; /* philox key for this micro-batch; dropout applies in backward passes alone */
     /* Called between layers so that the caller can serve waiting requests on the same thread; NULL = never.
      * It must not touch this pass or adapter. */

@@ -114,6 +114,8 @@ int pass_create(struct model *model, struct adapter *adapter, const struct plan_
         code = plan_carve(&plan, model->ops, model->device, &pass->arena, pass->buffers, error);
     if (!pass->buffers[PASS_DRESIDUAL])
         pass->buffers[PASS_DRESIDUAL] = pass->buffers[PASS_RESIDUAL];
+    for (int64_t i = 0; adapter->adaptation == ADAPT_FULL && i < model->n_weights; i++)
+        adapter->parameters[i].slice.keep_grad = model_is_projection(model, i);
     if (!code)
         code = copy_weights(pass, error);
     if (!code)
@@ -132,9 +134,12 @@ void pass_free(struct pass *pass)
 {
     if (!pass)
         return;
-    for (int64_t i = 0; pass->copies.data && i < pass->model->n_weights; i++)
-        if (pass->copies.data[i] && pass->adapter->adaptation == ADAPT_FULL)
-            pass->adapter->parameters[i].slice.copy = NULL;
+    for (int64_t i = 0; pass->adapter->adaptation == ADAPT_FULL && i < pass->model->n_weights; i++) {
+        struct param_slice *slice = &pass->adapter->parameters[i].slice;
+        if (pass->copies.data && pass->copies.data[i])
+            slice->copy = NULL;
+        slice->keep_grad = false;
+    }
     free(pass->copies.data);
     replay_free(pass);
     if (pass->arena)
@@ -301,6 +306,7 @@ static int backward(struct pass *pass, const struct batch *batch, const struct p
                     struct error *error)
 {
     int code = pass->model->family->pass_backward(pass, batch, options, error);
+    pass->fresh = false;
     if (!code && adapter_trains(pass->adapter, TARGET_EMBEDDINGS))
         code = model_status(embed_backward(pass, batch), error, "embeddings backward");
     return code;
@@ -315,8 +321,10 @@ int pass_run(struct pass *pass, const struct batch *batch, const struct pass_opt
         code = error_set(error, ERROR_INVALID, "an adapter that is only served cannot be trained");
     if (!code)
         code = adapter_renew(pass->adapter, error);
-    if (!code)
+    if (!code) {
+        pass->fresh |= options->first;
         replay_begin(pass, batch, options);
+    }
     if (!code)
         code = model_status(embed(pass, batch), error, "embeddings");
     if (!code)

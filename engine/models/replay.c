@@ -2,7 +2,7 @@
  * (kernels.h, record_begin). The device's owner thread, as pass.c.
  *
  * A layer is dozens of launches; with few tokens the host needs longer to make them than the device to run them. Where
- * two passes in a row have the same shape (tokens, boundaries, direction), the second records its layers, and it and those
+ * two passes of a kind in a row have the same shape (tokens, boundaries), the second records its layers, and it and those
  * after it run what was recorded. A layer at a time, so that a pass still yields between layers, and requests are served
  * there. Token ids, targets and the loss's scale differ from pass to pass: they belong to the embeddings and the head,
  * which are queued as ever. So are passes with dropout, whose seeds are arguments. What a job computes does not depend on
@@ -21,7 +21,7 @@ int replay_create(struct pass *pass, struct error *error)
 {
     if (!pass->model->ops->record_begin)
         return 0;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < N_REPLAYS; i++) {
         struct replay *replay = &pass->replays[i];
         replay->seq_starts = calloc((size_t)pass->request.max_seqs + 1, sizeof *replay->seq_starts);
         replay->layers = calloc((size_t)count_layers(pass), sizeof(struct kernel_recording *));
@@ -42,7 +42,7 @@ static void forget(const struct pass *pass, struct replay *replay)
 
 void replay_free(struct pass *pass)
 {
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < N_REPLAYS; i++) {
         forget(pass, &pass->replays[i]);
         free(pass->replays[i].layers);
         free(pass->replays[i].seq_starts);
@@ -51,7 +51,7 @@ void replay_free(struct pass *pass)
 
 void replay_begin(struct pass *pass, const struct batch *batch, const struct pass_options *options)
 {
-    struct replay *replay = &pass->replays[options->backward];
+    struct replay *replay = &pass->replays[!options->backward ? 0 : pass->fresh ? 1 : 2];
     const size_t bytes = ((size_t)batch->n_seqs + 1) * sizeof *batch->seq_starts;
     pass->replay = NULL;
     if (!replay->layers || (options->backward && pass->adapter->lora.dropout > 0))

@@ -768,6 +768,7 @@ static int advance_training(struct trainer *trainer, struct error *error)
         return code;
     const struct pass_options options = {
         .backward = true,
+        .first = !partial->n_batches,
         .grad_scale = loss_factor(trainer),
         .dropout_seed = dropout_seed(spec->seed, step, partial->n_batches),
         .yield = trainer->callbacks.yield,

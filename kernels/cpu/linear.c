@@ -80,12 +80,12 @@ int CPU_NAME(cpu_linear_forward)(struct kernel_device *device, const struct line
 int CPU_NAME(cpu_linear_backward)(struct kernel_device *device, const struct linear_backward_args *b)
 {
     int status = check_linear_backward(b);
-    if (status != KERNEL_OK || b->rows == 0)
-        return status;
-    if (b->dweight != NULL) {
+    if (status == KERNEL_OK && b->dweight != NULL) {
         struct gemm_args product = linear_dweight_product(b);
         status = CPU_NAME(cpu_gemm)(device, &product);
     }
+    if (b->rows == 0)
+        return status;
     if (status == KERNEL_OK && b->dbias != NULL)
         cpu_parallel(device, divide_up(b->layer.out, BLOCK_COLUMNS), dbias_task, (void *)(uintptr_t)b);
     if (status == KERNEL_OK && b->dx != NULL) {

@@ -61,7 +61,8 @@ static void adamw_block(void *arg, int64_t index, int thread)
         vec_store_n(slice->v + i, v, n);
         vec_store_n(slice->param + i, p - move, n);
     }
-    memset(slice->grad + first, 0, (size_t)(end - first) * sizeof(float));
+    if (!slice->keep_grad)
+        memset(slice->grad + first, 0, (size_t)(end - first) * sizeof(float));
     if (slice->copy != NULL)
         CPU_NAME(cpu_convert)
     ((char *)slice->copy + first * (int64_t)kernel_type_size(slice->copy_type), slice->copy_type,

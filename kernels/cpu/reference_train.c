@@ -188,7 +188,8 @@ static void adamw_slice(const struct adamw_args *a, const struct param_slice *sl
         slice->m[i] = (float)m;
         slice->v[i] = (float)v;
         slice->param[i] = (float)p;
-        slice->grad[i] = 0.0f;
+        if (!slice->keep_grad)
+            slice->grad[i] = 0.0f;
         if (slice->copy != NULL)
             store_from_float(slice->copy, slice->copy_type, i, slice->param[i]);
     }

@@ -352,12 +352,12 @@ int cuda_linear_backward(struct kernel_device *device, const struct linear_backw
         return KERNEL_INVALID;
     if (!cuda_is_float(b->act) || !cuda_is_float(b->layer.weight_type))
         return KERNEL_UNSUPPORTED;
-    if (b->rows == 0)
-        return KERNEL_OK;
     if (b->dweight != NULL) {
         struct gemm_args product = linear_dweight_product(b);
         status = cuda_gemm(device, &product);
     }
+    if (b->rows == 0)
+        return status;
     if (status == KERNEL_OK && b->dbias != NULL && b->layer.out > 0)
         status = add_dbias(device, b);
     if (status != KERNEL_OK)

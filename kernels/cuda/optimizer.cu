@@ -126,13 +126,15 @@ static __global__ void adamw_kernel(struct slice_list list, struct adamw_factors
             store_copy(slice, at, p);
             store_pack(slice.m + at, m);
             store_pack(slice.v + at, v);
-            store_pack(slice.grad + at, g);
+            if (!slice.keep_grad)
+                store_pack(slice.grad + at, g);
         }
         i = whole + threadIdx.x;
     }
     for (; i < end; i += THREADS) {
         adamw_element(f, shrink, slice.param[i], slice.m[i], slice.v[i], slice.grad[i]);
-        slice.grad[i] = 0.0f;
+        if (!slice.keep_grad)
+            slice.grad[i] = 0.0f;
         float p[1] = {slice.param[i]};
         store_copy(slice, i, p);
     }

@@ -178,7 +178,7 @@ struct linear_case {
     int64_t rows, in, out, rank;
     enum kernel_type type;
     float dropout;
-    bool bias, dx, accumulate, dweight, adapter_gradients;
+    bool bias, dx, accumulate, dweight, overwrite, adapter_gradients;
     int64_t gap;
 };
 
@@ -228,7 +228,10 @@ static void linear_case(struct session *s, const void *param)
         .u = p->rank > 0 ? input_floats(s, "u_in", p->rows * p->rank, -4, 4) : NULL,
         .dx_stride = in_stride,
         .accumulate = p->accumulate,
-        .dweight = p->dweight ? accumulated_rows(s, "dweight", p->out, p->in, p->in, SUMMED) : NULL,
+        .dweight = !p->dweight    ? NULL
+                   : p->overwrite ? output_rows(s, "dweight", p->out, p->in, p->in, SUMMED)
+                                  : accumulated_rows(s, "dweight", p->out, p->in, p->in, SUMMED),
+        .overwrite = p->overwrite,
         .dbias = p->dweight && p->bias ? accumulated_rows(s, "dbias", 1, p->out, p->out, SUMMED) : NULL,
         .da = adapter ? accumulated_rows(s, "da", p->rank, p->in, p->in, SUMMED) : NULL,
         .db = adapter ? accumulated_rows(s, "db", p->out, p->rank, p->rank, SUMMED) : NULL,
@@ -270,6 +273,7 @@ static void test_linear(void **state)
                                 .dx = i % 7 != 6,
                                 .accumulate = i % 2 == 1,
                                 .dweight = i % 3 == 1 || i % 6 == 0,
+                                .overwrite = i % 2 == 0,
                                 .adapter_gradients = i % 5 != 4,
                                 .gap = i % 4 == 1   ? 3
                                        : i % 4 == 2 ? 8
@@ -302,7 +306,14 @@ static void test_linear_large(void **state)
          .dx = true,
          .dweight = true,
          .adapter_gradients = true},
-        {.rows = 600, .in = 72, .out = 136, .rank = 16, .dx = true, .bias = true, .dweight = true},
+        {.rows = 600,
+         .in = 72,
+         .out = 136,
+         .rank = 16,
+         .dx = true,
+         .bias = true,
+         .dweight = true,
+         .overwrite = true},
         {.rows = 1134,
          .in = 77,
          .out = 90,

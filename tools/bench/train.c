@@ -104,7 +104,7 @@ static int training_step(struct bench_steps *steps, struct error *error)
     struct training *training = steps->state;
     const struct kernel_ops *ops = training->bed->ops;
     struct kernel_device *device = training->bed->device;
-    const struct pass_options options = {.backward = true, .grad_scale = 1};
+    const struct pass_options options = {.backward = true, .first = true, .grad_scale = 1};
     struct pass_result result;
     double sum = 0;
     int code = pass_run(training->pass, training->batch, &options, error);

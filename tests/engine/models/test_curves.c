@@ -53,7 +53,8 @@ static void check_curve(const struct backend *backend, const char *vectors, stru
         const struct plan_request request = {.max_tokens = batch->n_tokens, .max_seqs = batch->n_seqs};
         if (!pass)
             check_ok(pass_create(adapter->model, adapter, &request, &pass, &error), &error);
-        struct pass_options options = {.backward = true, .grad_scale = 1.0f / (float)batch->n_targets};
+        struct pass_options options = {
+            .backward = true, .first = true, .grad_scale = 1.0f / (float)batch->n_targets};
         struct pass_result result;
         check_ok(pass_run(pass, batch, &options, &error), &error);
         check_ok(pass_collect(pass, &result, &error), &error);

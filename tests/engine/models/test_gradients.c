@@ -291,6 +291,54 @@ static void test_lora_subsets(void **state)
 
 /* ---- properties of the pass ---- */
 
+/* The first backward of a step needs no zeros where an update leaves gradients as they are; those after it add up. A pass
+ * without a target in between changes nothing. */
+static void test_first_of_step(void **state)
+{
+    static const int32_t lengths[] = {17, 30};
+    struct model *model = open_model(*state, "models/hatchling");
+    struct adapter *adapter = new_adapter(model, ADAPT_FULL, NULL);
+    struct batch *batch = random_batch((int32_t)model_config(model)->vocab_size, lengths, 2, 5);
+    struct pass *pass = new_pass(model, adapter, 64, 2);
+    struct pass_options options = {.backward = true, .first = true, .grad_scale = 1};
+    int64_t count, n_kept = 0;
+    run(pass, batch, &options);
+    float *once = all_gradients(adapter, &count), *again, *twice;
+    for (int64_t i = 0; i < adapter->n_parameters; i++) {
+        const struct param_slice *slice = &adapter->parameters[i].slice;
+        n_kept += slice->keep_grad;
+        if (!slice->keep_grad)
+            assert_int_equal(model_ops(model)->zero(model_device(model), slice->grad,
+                                                    (size_t)slice->count * sizeof(float)),
+                             0);
+    }
+    assert_int_equal(n_kept, 4 * model_config(model)->n_layers);
+    int32_t *targets = malloc((size_t)batch->n_tokens * sizeof *targets);
+    assert_non_null(targets);
+    memcpy(targets, batch->targets, (size_t)batch->n_tokens * sizeof *targets);
+    for (int64_t t = 0; t < batch->n_tokens; t++)
+        batch->targets[t] = -100;
+    run(pass, batch, &options);
+    memcpy(batch->targets, targets, (size_t)batch->n_tokens * sizeof *targets);
+    options.first = false;
+    run(pass, batch, &options);
+    again = all_gradients(adapter, &count);
+    assert_true(relative_error(again, once, count) < 1e-6);
+    run(pass, batch, &options);
+    twice = all_gradients(adapter, &count);
+    for (int64_t i = 0; i < count; i++)
+        once[i] *= 2;
+    assert_true(relative_error(twice, once, count) < 1e-6);
+    free(once);
+    free(again);
+    free(twice);
+    free(targets);
+    pass_free(pass);
+    adapter_free(adapter);
+    drop_batch(batch);
+    model_close(model);
+}
+
 /* A packed batch is its documents: the same losses, the sum of their gradients. */
 static void check_packing(struct model *model, struct adapter *adapter, double tolerance)
 {
@@ -601,12 +649,19 @@ static void test_plan(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_full_vectors), cmocka_unit_test(test_lora_vectors),
-        cmocka_unit_test(test_full_slopes),  cmocka_unit_test(test_lora_slopes),
-        cmocka_unit_test(test_lora_subsets), cmocka_unit_test(test_packing),
-        cmocka_unit_test(test_dropout),      cmocka_unit_test(test_yield_and_empty),
-        cmocka_unit_test(test_failures),     cmocka_unit_test(test_plan),
-        cmocka_unit_test(test_recompute),    cmocka_unit_test(test_limit),
+        cmocka_unit_test(test_full_vectors),
+        cmocka_unit_test(test_lora_vectors),
+        cmocka_unit_test(test_full_slopes),
+        cmocka_unit_test(test_lora_slopes),
+        cmocka_unit_test(test_lora_subsets),
+        cmocka_unit_test(test_first_of_step),
+        cmocka_unit_test(test_packing),
+        cmocka_unit_test(test_dropout),
+        cmocka_unit_test(test_yield_and_empty),
+        cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_plan),
+        cmocka_unit_test(test_recompute),
+        cmocka_unit_test(test_limit),
     };
     return run_on_both(tests);
 }

@@ -63,8 +63,8 @@ static void train(struct model *model, const json_t *json, bool full, const stru
             check_ok(pass_create(model, adapter, &request, &pass, &error), &error);
         for (int64_t i = 0; i < adapter->n_parameters; i++)
             slices[i] = adapter->parameters[i].slice;
-        struct pass_options options = {.backward = true,
-                                       .grad_scale = precision->scale / (float)batch->n_targets};
+        struct pass_options options = {
+            .backward = true, .first = true, .grad_scale = precision->scale / (float)batch->n_targets};
         struct pass_result result;
         check_ok(pass_run(pass, batch, &options, &error), &error);
         check_ok(pass_collect(pass, &result, &error), &error);
