@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 /* A base's adapters above this count go, the least recently used first, as soon as they are not in use. */
 enum { MAX_IDLE_ADAPTERS = 32 };
@@ -110,17 +111,19 @@ static int query(const struct loaded_models *models, struct kernel_device_info *
                   : 0;
 }
 
-/* Bytes of a model's weights as they lie on disk; they take as much on the device. */
+/* Bytes of a model's weights as they lie on disk; they take as much on the device. A folder with an index is read by it, and a
+ * model.safetensors beside it is not. */
 static int64_t stored_bytes(const char *folder)
 {
-    static const char suffix[] = ".safetensors";
+    static const char suffix[] = ".safetensors", whole[] = "model.safetensors";
     int64_t bytes = 0;
     DIR *dir = opendir(folder);
+    bool indexed = dir && !faccessat(dirfd(dir), "model.safetensors.index.json", F_OK, 0);
     for (struct dirent *item; dir && (item = readdir(dir));) {
         size_t length = strlen(item->d_name);
         struct stat st;
         if (length >= sizeof suffix && !strcmp(item->d_name + length - (sizeof suffix - 1), suffix) &&
-            !fstatat(dirfd(dir), item->d_name, &st, 0))
+            !strcmp(item->d_name, whole) != indexed && !fstatat(dirfd(dir), item->d_name, &st, 0))
             bytes += st.st_size;
     }
     if (dir)
