@@ -146,11 +146,6 @@ __global__ void __launch_bounds__(ROW_THREADS)
 
 /* ---- chunks ---- */
 
-cudaDataType_t blas_type(enum kernel_type type)
-{
-    return type == TYPE_BF16 ? CUDA_R_16BF : type == TYPE_F16 ? CUDA_R_16F : CUDA_R_32F;
-}
-
 template <typename T, int N>
 int launch_rows(struct kernel_device *device, const struct head_args *h, float *logits, int64_t first,
                 int64_t rows)
@@ -179,42 +174,46 @@ int score_rows(struct kernel_device *device, const struct head_args *h, float *l
                  : launch_rows<T, 1>(device, h, logits, first, rows);
 }
 
-/* weight: of the type of the activations. */
-int chunk_run(struct kernel_device *device, const struct head_args *h, const void *weight, int64_t first,
-              int64_t rows)
+int chunk_run(struct kernel_device *device, const struct head_args *h, int64_t first, int64_t rows)
 {
     int64_t size = (int64_t)kernel_type_size(h->act), d = h->d_model, vocab = h->vocab;
-    const void *hidden = (const char *)h->hidden + first * d * size;
+    int64_t grad_stride = vocab * (int64_t)sizeof(float) / size; /* the gradients keep the logits' rows */
     float *logits = (float *)((char *)h->workspace + head_scores_bytes(h->rows));
-    int status = head_product(device, rows, vocab, d, {hidden, d, false}, {weight, d, true}, h->act, h->tf32,
-                              1.0f, logits, TYPE_F32, 0.0f);
+    struct head_matrix hidden = {(const char *)h->hidden + first * d * size, d, false, h->act};
+    struct head_matrix weight = {h->weight, d, true, h->weight_type};
+    int status = head_product(device, rows, vocab, d, hidden, weight, h->tf32, 1.0f, logits, TYPE_F32, 0.0f);
     if (status != KERNEL_OK)
         return status;
     CUDA_WITH_TYPE(h->act, T, status = score_rows<T>(device, h, logits, first, rows));
     float scale = h->grad_scale / GRADIENT_UNIT;
-    int64_t grad_stride = vocab * (int64_t)sizeof(float) / size; /* the gradients keep the logits' rows */
+    struct head_matrix gradient = {logits, grad_stride, false, h->act};
+    weight.transposed = false;
     if (h->d_hidden != NULL && status == KERNEL_OK)
-        status = head_product(device, rows, d, vocab, {logits, grad_stride, false}, {weight, d, false},
-                              h->act, h->tf32, scale, (char *)h->d_hidden + first * d * size, h->act, 0.0f);
+        status = head_product(device, rows, d, vocab, gradient, weight, h->tf32, scale,
+                              (char *)h->d_hidden + first * d * size, h->act, 0.0f);
+    gradient.transposed = true;
     if (h->d_weight != NULL && status == KERNEL_OK)
-        status = head_product(device, vocab, d, rows, {logits, grad_stride, true}, {hidden, d, false}, h->act,
-                              h->tf32, scale, h->d_weight, TYPE_F32, 1.0f);
+        status = head_product(device, vocab, d, rows, gradient, hidden, h->tf32, scale, h->d_weight, TYPE_F32,
+                              1.0f);
     return status;
 }
 
 } // namespace
 
-int head_product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struct head_matrix a,
-                 struct head_matrix b, enum kernel_type type, bool tf32, float alpha, void *c,
-                 enum kernel_type c_type, float beta)
+int head_product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, const struct head_matrix &a,
+                 const struct head_matrix &b, bool tf32, float alpha, void *c, enum kernel_type c_type,
+                 float beta)
 {
-    return cuda_check_blas(
-        device, device->cublas->gemm_ex(
-                    device->blas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                    a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, n, m, k, &alpha, b.p, blas_type(type), b.stride,
-                    a.p, blas_type(type), a.stride, &beta, c, blas_type(c_type), n,
-                    tf32 && type == TYPE_F32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
-                    CUBLAS_GEMM_DEFAULT));
+    struct gemm_args g = {};
+    g.m = m, g.n = n, g.k = k;
+    g.transpose_a = a.transposed, g.transpose_b = b.transposed;
+    g.alpha = alpha, g.beta = beta;
+    g.a = a.p, g.a_stride = a.stride;
+    g.b = b.p, g.b_stride = b.stride;
+    g.c = c, g.c_stride = n;
+    g.act = a.type, g.b_type = b.type, g.c_type = c_type;
+    g.tf32 = tf32;
+    return cuda_gemm(device, &g);
 }
 
 int64_t cuda_head_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool backward)
@@ -238,24 +237,14 @@ int cuda_head(struct kernel_device *device, const struct head_args *h)
         return KERNEL_UNSUPPORTED;
     if (h->rows == 0)
         return KERNEL_OK;
-    const void *weight = h->weight;
-    if (h->weight_type != h->act) {
-        void *converted;
-        int64_t count = h->vocab * h->d_model;
-        status =
-            cuda_scratch(device, CUDA_SCRATCH_GEMM, (size_t)count * kernel_type_size(h->act), &converted);
-        if (status == KERNEL_OK)
-            status = cuda_cast(device, converted, h->act, h->weight, h->weight_type, count);
-        weight = converted;
-    }
-    bool fused = status == KERNEL_OK && head_fused_can(device, h, weight);
+    bool fused = head_fused_can(device, h);
     if (fused)
-        status = head_fused(device, h, weight);
+        status = head_fused(device, h);
     int64_t room = cuda_head_workspace(h->rows, h->d_model, h->vocab, backward) - head_scores_bytes(h->rows);
     bool all = h->rows <= room / (h->vocab * (int64_t)sizeof(float));
     int64_t chunk = all ? h->rows : chunk_rows(h->rows, h->vocab, room);
     for (int64_t first = 0; first < h->rows && !fused && status == KERNEL_OK; first += chunk)
-        status = chunk_run(device, h, weight, first, h->rows - first < chunk ? h->rows - first : chunk);
+        status = chunk_run(device, h, first, h->rows - first < chunk ? h->rows - first : chunk);
     if (status == KERNEL_OK && (h->loss_sum != NULL || h->n_correct != NULL)) {
         sum_kernel<<<1, ROW_THREADS, 0, device->stream>>>(head_scores_of(h), h->rows, h->loss_sum,
                                                           h->n_correct);

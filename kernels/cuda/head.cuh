@@ -25,18 +25,19 @@ struct head_matrix {
     const void *p;
     int64_t stride;
     bool transposed;
+    enum kernel_type type;
 };
 
-/* Row-major C[m,n] = alpha op(A) op(B) + beta C, A and B of one type, C of another. See gemm.cu. */
-int head_product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, struct head_matrix a,
-                 struct head_matrix b, enum kernel_type type, bool tf32, float alpha, void *c,
-                 enum kernel_type c_type, float beta);
+/* C[m,n] = alpha op(A) op(B) + beta C, C dense. */
+int head_product(struct kernel_device *device, int64_t m, int64_t n, int64_t k, const struct head_matrix &a,
+                 const struct head_matrix &b, bool tf32, float alpha, void *c, enum kernel_type c_type,
+                 float beta);
 
-/* Whether head_fused does these (checked) arguments. weight: of the type of the activations. */
-bool head_fused_can(const struct kernel_device *device, const struct head_args *h, const void *weight);
+/* Whether head_fused does these (checked) arguments. */
+bool head_fused_can(const struct kernel_device *device, const struct head_args *h);
 /* Beyond head_scores_bytes. */
 int64_t head_fused_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool backward);
 /* All but the sums over rows. */
-int head_fused(struct kernel_device *device, const struct head_args *h, const void *weight);
+int head_fused(struct kernel_device *device, const struct head_args *h);
 
 #endif

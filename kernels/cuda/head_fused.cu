@@ -10,8 +10,9 @@
  * those up in order, puts -S in the target's place, and the second product runs over e. Nothing cancels: the loss
  * of a row that is nearly certain, and its gradient, are as exact as those of any other.
  *
- * e has BF16's range, that of a float: it is cut off at 2^100, so that a loss beyond 69 (a probability of 1e-30) reads
- * as that much and more.
+ * e has BF16's range, that of a float, and is cut off at 2^100. Where that happens, at a probability of 1e-30 and less, the
+ * loss is taken to be the distance to the highest logit, too small by the logarithm of how many are near it. F16 has no such range, and
+ * stays with head.cu.
  *
  * The kernel of the first product: one block a multiprocessor goes through tiles; one thread of it has the copy engine
  * bring pieces of 64 columns of both matrices into a ring of STAGES, two warpgroups multiply 64 rows each. One of them
@@ -61,9 +62,9 @@ struct chunk {
 
 /* ---- the first product ---- */
 
-#if CUDA_HOPPER
+constexpr float EXPONENT_MOST = 100.0f; /* of e, to the base of 2 */
 
-constexpr float EXPONENT_MOST = 100.0f;
+#if CUDA_HOPPER
 
 __device__ __forceinline__ float exp2_approximate(float v)
 {
@@ -359,7 +360,10 @@ __global__ void __launch_bounds__(THREADS)
     int32_t target = chunk.targets[row];
     bool scored = target >= 0 && target < chunk.vocab;
     sum = isnan(chunk.shifts[row]) ? NAN : sum;
-    float logprob = scored ? -log1pf(sum) : target < 0 ? 0.0f : NAN;
+    float loss = log1pf(sum), above = highest * LOG2_E - chunk.shifts[row];
+    if (above > EXPONENT_MOST && !isnan(sum))
+        loss = above / LOG2_E;
+    float logprob = scored ? -loss : target < 0 ? 0.0f : NAN;
     if (h.argmax != NULL)
         h.argmax[first + row] = id < 0 ? 0 : id;
     if (h.logprobs != NULL)
@@ -454,11 +458,11 @@ int first_product(struct kernel_device *device, const struct head_args *h, const
     return cuda_launched(device);
 }
 
-int chunk_run(struct kernel_device *device, const struct head_args *h, const __nv_bfloat16 *weight,
-              int64_t first, int64_t rows)
+int chunk_run(struct kernel_device *device, const struct head_args *h, int64_t first, int64_t rows)
 {
     struct chunk chunk = {};
     int64_t d = h->d_model;
+    const __nv_bfloat16 *weight = (const __nv_bfloat16 *)h->weight;
     const __nv_bfloat16 *hidden = (const __nv_bfloat16 *)h->hidden + first * d;
     bool backward = h->d_hidden != NULL || h->d_weight != NULL;
     carve(&chunk, (char *)h->workspace + head_scores_bytes(h->rows), chunk_rows(h->rows, d), d, h->vocab,
@@ -474,8 +478,8 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const __n
                           : first_product<false>(device, h, hidden, weight, chunk, first);
     unsigned by_row = (unsigned)divide_up(rows, ROWS_A_BLOCK);
     if (h->d_hidden != NULL && status == KERNEL_OK) {
-        status = head_product(device, rows, d, h->vocab, {chunk.e, chunk.e_stride, false}, {weight, d, false},
-                              TYPE_BF16, false, 1.0f, chunk.sums, TYPE_F32, 0.0f);
+        status = head_product(device, rows, d, h->vocab, {chunk.e, chunk.e_stride, false, TYPE_BF16},
+                              {weight, d, false, TYPE_BF16}, false, 1.0f, chunk.sums, TYPE_F32, 0.0f);
         scale_kernel<<<by_row, THREADS, 0, device->stream>>>(
             chunk.sums, (__nv_bfloat16 *)h->d_hidden + first * d, chunk.factors, rows, d, h->grad_scale);
     }
@@ -483,20 +487,20 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, const __n
         __nv_bfloat16 *scaled = (__nv_bfloat16 *)chunk.sums;
         scale_kernel<<<by_row, THREADS, 0, device->stream>>>(hidden, scaled, chunk.factors, rows, d,
                                                              h->grad_scale);
-        status = head_product(device, h->vocab, d, rows, {chunk.e, chunk.e_stride, true}, {scaled, d, false},
-                              TYPE_BF16, false, 1.0f, h->d_weight, TYPE_F32, 1.0f);
+        status = head_product(device, h->vocab, d, rows, {chunk.e, chunk.e_stride, true, TYPE_BF16},
+                              {scaled, d, false, TYPE_BF16}, false, 1.0f, h->d_weight, TYPE_F32, 1.0f);
     }
     return status == KERNEL_OK ? cuda_launched(device) : status;
 }
 
 } // namespace
 
-bool head_fused_can(const struct kernel_device *device, const struct head_args *h, const void *weight)
+bool head_fused_can(const struct kernel_device *device, const struct head_args *h)
 {
-    return device->hopper && h->act == TYPE_BF16 && h->top_ids == NULL && h->d_model % PIECE == 0 &&
-           h->vocab % pack<__nv_bfloat16>::COUNT == 0 && (uintptr_t)h->hidden % 16 == 0 &&
-           (uintptr_t)weight % 16 == 0 && (uintptr_t)h->d_hidden % 16 == 0 &&
-           (uintptr_t)h->workspace % 16 == 0;
+    return device->hopper && h->act == TYPE_BF16 && h->weight_type == TYPE_BF16 && h->top_ids == NULL &&
+           h->d_model % PIECE == 0 && h->vocab % pack<__nv_bfloat16>::COUNT == 0 &&
+           (uintptr_t)h->hidden % 16 == 0 && (uintptr_t)h->weight % 16 == 0 &&
+           (uintptr_t)h->d_hidden % 16 == 0 && (uintptr_t)h->workspace % 16 == 0;
 }
 
 int64_t head_fused_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool backward)
@@ -504,12 +508,11 @@ int64_t head_fused_workspace(int64_t rows, int64_t d_model, int64_t vocab, bool 
     return carve(NULL, NULL, chunk_rows(rows, d_model), d_model, vocab, backward);
 }
 
-int head_fused(struct kernel_device *device, const struct head_args *h, const void *weight)
+int head_fused(struct kernel_device *device, const struct head_args *h)
 {
     int64_t chunk = chunk_rows(h->rows, h->d_model);
     int status = KERNEL_OK;
     for (int64_t first = 0; first < h->rows && status == KERNEL_OK; first += chunk)
-        status = chunk_run(device, h, (const __nv_bfloat16 *)weight, first,
-                           h->rows - first < chunk ? h->rows - first : chunk);
+        status = chunk_run(device, h, first, h->rows - first < chunk ? h->rows - first : chunk);
     return status;
 }
