@@ -312,13 +312,12 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
     if (!SUMS)
         return;
     float *part = parts + (int64_t)blockIdx.x * (WIDTH + 1) * a.channels;
+    float weights[LANE_CHANNELS * WIDTH];
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; i++) {
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++)
-            part[(c + i) * WIDTH + j] = k.sums[j][i];
-        part[WIDTH * a.channels + c + i] = k.sums[WIDTH][i];
-    }
+    for (int i = 0; i < LANE_CHANNELS * WIDTH; i++)
+        weights[i] = k.sums[i % WIDTH][i / WIDTH];
+    store_pack(part + c * WIDTH, weights);
+    store_pack(part + WIDTH * a.channels + c, k.sums[WIDTH]);
 }
 
 /* Gradient of the pre-activation of one channel at t, any width. */

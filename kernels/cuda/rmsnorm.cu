@@ -1,7 +1,7 @@
 /* rmsnorm.cu: RMSNorm with its residual. A warp a row, which it holds in registers: every array is read once and
  * written once, and that is all the time it takes. Rows too long or too crooked for that are read a second time. The
  * weight's gradient is made by blocks of BLOCK_ROWS rows, whose sums another kernel adds in order. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/vector.cuh"
 
 namespace
 {
@@ -9,9 +9,8 @@ namespace
 enum {
     THREADS = 128,
     ROWS = THREADS / WARP, /* of a block */
-    COLUMN_THREADS = 256,
+    ROW_LANES = 8,
     BLOCK_ROWS = 64,
-    REDUCE_THREADS = 128,
 };
 
 /* ---- forward ---- */
@@ -204,33 +203,39 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(struct backward b)
     }
 }
 
-/* partial[block][column] = sum over BLOCK_ROWS rows of dy h. */
-template <typename T>
-__global__ void dweight_kernel(const T *__restrict__ dy, const T *__restrict__ r,
-                               const float *__restrict__ rstd, float *__restrict__ partial, int64_t rows,
-                               int64_t d)
+/* partial[block][column] = sum over BLOCK_ROWS rows of dy h. A thread has N columns of every ROW_LANES-th row. */
+template <typename T, int N>
+__global__ void __launch_bounds__(WARP *ROW_LANES)
+    dweight_kernel(const T *__restrict__ dy, const T *__restrict__ r, const float *__restrict__ rstd,
+                   float *__restrict__ partial, int64_t rows, int64_t d)
 {
-    int64_t column = (int64_t)blockIdx.y * COLUMN_THREADS + threadIdx.x;
-    if (column >= d)
-        return;
+    __shared__ float sums[ROW_LANES][WARP * N];
+    int64_t tile = (int64_t)blockIdx.y * WARP * N, column = tile + threadIdx.x * N;
     int64_t first = (int64_t)blockIdx.x * BLOCK_ROWS;
     int64_t end = first + BLOCK_ROWS < rows ? first + BLOCK_ROWS : rows;
-    float sum = 0.0f;
-    for (int64_t row = first; row < end; row++)
-        sum = fmaf(to_float(dy[row * d + column]), to_float(r[row * d + column]) * rstd[row], sum);
-    partial[(int64_t)blockIdx.x * d + column] = sum;
-}
-
-__global__ void reduce_kernel(const float *__restrict__ partial, float *__restrict__ dweight, int64_t blocks,
-                              int64_t d)
-{
-    int64_t column = (int64_t)blockIdx.x * REDUCE_THREADS + threadIdx.x;
-    if (column >= d)
-        return;
-    float sum = 0.0f;
-    for (int64_t block = 0; block < blocks; block++)
-        sum += partial[block * d + column];
-    dweight[column] += sum;
+    float sum[N] = {};
+    if (column < d) {
+#pragma unroll 4
+        for (int64_t row = first + threadIdx.y; row < end; row += ROW_LANES) {
+            float g[N], h[N], scale = rstd[row];
+            load_pack(dy + row * d + column, g);
+            load_pack(r + row * d + column, h);
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                sum[j] = fmaf(g[j], h[j] * scale, sum[j]);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        sums[threadIdx.y][threadIdx.x * N + j] = sum[j];
+    __syncthreads();
+    for (int c = (int)(threadIdx.y * WARP + threadIdx.x); c < WARP * N && tile + c < d;
+         c += WARP * ROW_LANES) {
+        float total = sums[0][c];
+        for (int lane = 1; lane < ROW_LANES; lane++)
+            total += sums[lane][c];
+        partial[(int64_t)blockIdx.x * d + tile + c] = total;
+    }
 }
 
 /* ---- launches ---- */
@@ -281,15 +286,21 @@ template <typename T> void launch_backward(struct kernel_device *device, const s
         backward_kernel<T, 1, 0><<<grid, THREADS, 0, device->stream>>>(b);
 }
 
-template <typename T> void launch_dweight(struct kernel_device *device, const struct rmsnorm_backward_args *a)
+template <typename T, int N>
+int launch_dweight(struct kernel_device *device, const struct rmsnorm_backward_args *a)
 {
     int64_t blocks = divide_up(a->rows, BLOCK_ROWS);
-    dim3 tiles((unsigned)blocks, (unsigned)divide_up(a->d, COLUMN_THREADS));
+    dim3 tiles((unsigned)blocks, (unsigned)divide_up(a->d, WARP * N));
     float *partial = (float *)a->workspace;
-    dweight_kernel<T><<<tiles, COLUMN_THREADS, 0, device->stream>>>((const T *)a->dy, (const T *)a->r,
-                                                                    a->rstd, partial, a->rows, a->d);
-    reduce_kernel<<<(unsigned)divide_up(a->d, REDUCE_THREADS), REDUCE_THREADS, 0, device->stream>>>(
-        partial, a->dweight, blocks, a->d);
+    dweight_kernel<T, N><<<tiles, dim3(WARP, ROW_LANES), 0, device->stream>>>(
+        (const T *)a->dy, (const T *)a->r, a->rstd, partial, a->rows, a->d);
+    return cuda_add_parts(device, partial, blocks, a->d, a->d, a->dweight);
+}
+
+template <typename T> int add_dweight(struct kernel_device *device, const struct rmsnorm_backward_args *a)
+{
+    bool aligned = cuda_aligned((const T *)a->dy, a->d) && cuda_aligned((const T *)a->r, a->d);
+    return aligned ? launch_dweight<T, pack<T>::COUNT>(device, a) : launch_dweight<T, 1>(device, a);
 }
 
 } // namespace
@@ -328,7 +339,9 @@ int cuda_rmsnorm_backward(struct kernel_device *device, const struct rmsnorm_bac
     if (a->rows == 0)
         return KERNEL_OK;
     if (a->dweight != NULL) /* first: dx may take dy's place */
-        CUDA_WITH_TYPE(a->act, T, launch_dweight<T>(device, a));
+        CUDA_WITH_TYPE(a->act, T, status = add_dweight<T>(device, a));
+    if (status != KERNEL_OK)
+        return status;
     const struct backward b = {a->dy, a->r, a->rstd, a->weight, a->dresidual, a->dx, a->rows, a->d};
     CUDA_WITH_TYPE(a->act, T, launch_backward<T>(device, b));
     return cuda_launched(device);
