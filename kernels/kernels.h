@@ -404,12 +404,11 @@ struct adamw_args {
     int64_t step; /* 1 for the first */
     float grad_scale;
 };
-/* *ret_sum = sum of squares over all gradients, in double, in a fixed order; host memory. NaN and inf
- * propagate. */
+/* *sum = sum of squares over all gradients, in double, in a fixed order. NaN and inf propagate. */
 struct grad_norm_args {
     const struct param_slice *slices;
     int32_t n_slices;
-    double *ret_sum;
+    double *sum; /* one number */
 };
 
 /* ---- sampling ---- */
@@ -485,7 +484,7 @@ struct kernel_ops {
     /* Record instead of run: the ops queued between record_begin and record_end are kept with their arguments, host arrays
      * copied, and record_run queues all of them at once, as often as it is asked. They read what device memory holds then;
      * the memory itself must stay. Not among them: what hands values to or from the host (copy_in, copy_out, synchronize,
-     * mark, sample, grad_norm) and mamba_step, which answer KERNEL_INVALID, as does record_end then. After an error of an op or of
+     * mark, sample) and mamba_step, which answer KERNEL_INVALID, as does record_end then. After an error of an op or of
      * record_end there is no recording. record_run answers KERNEL_UNSUPPORTED, and does nothing, when memory that ops
      * keep among themselves has moved since: free it, and record anew. All NULL where a device gains nothing by it. */
     int (*record_begin)(struct kernel_device *device);

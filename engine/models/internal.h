@@ -118,7 +118,7 @@ void linear_bind(struct linear *linear, const struct model *model, const struct 
 enum pass_buffer {
     PASS_IDS,      /* [T] i32 */
     PASS_TARGETS,  /* [T] i32: of the rows that the head sees, back to back */
-    PASS_SUMS,     /* loss_sum f64, n_correct i64 since the last pass_collect() */
+    PASS_SUMS,     /* struct pass_sums; losses and right answers since the last pass_collect() */
     PASS_RESIDUAL, /* [T,d] fp32: the embeddings when the family's forward begins */
     PASS_NORMED,   /* [T,d]: the latest norm's output; the hidden states after the family's forward */
     PASS_ROWS, /* [T,d]: free in the family's forward; d(hidden) when its backward begins, free after that */

@@ -194,13 +194,19 @@ struct pass_result {
     double loss_sum; /* sum over targets of -log p; may be NaN or infinite */
     int64_t n_targets;
     int64_t n_correct; /* targets that are the argmax */
+    double squares;    /* of the gradients that were asked for; may be NaN or infinite */
 };
 /* Forward, and backward when asked, of one micro-batch (host memory, free to change on return). Gradients accumulate
  * into the adapter's slices, the result on the device: nothing is waited for. */
 int pass_run(struct pass *pass, const struct batch *batch, const struct pass_options *options,
              struct error *error);
-/* Wait for the results of all micro-batches since the last pass_collect(). */
-int pass_collect(struct pass *pass, struct pass_result *ret_result, struct error *error);
+/* Wait for the results of all micro-batches since the last pass_collect(), and for the sum of squares over gradients (n_slices
+ * may be 0). */
+int pass_collect(struct pass *pass, const struct param_slice *slices, int32_t n_slices,
+                 struct pass_result *ret_result, struct error *error);
+/* Wait for that sum alone. */
+int pass_squares(struct pass *pass, const struct param_slice *slices, int32_t n_slices, double *ret_sum,
+                 struct error *error);
 
 /* ---- inference ---- */
 

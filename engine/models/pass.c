@@ -15,6 +15,7 @@
 struct pass_sums {
     double loss_sum;
     int64_t n_correct;
+    double squares; /* of the gradients that were asked for last */
 };
 
 /* ---- memory ---- */
@@ -341,16 +342,36 @@ int pass_run(struct pass *pass, const struct batch *batch, const struct pass_opt
     return code;
 }
 
-int pass_collect(struct pass *pass, struct pass_result *ret_result, struct error *error)
+static int queue_squares(const struct pass *pass, const struct param_slice *slices, int32_t n_slices)
+{
+    struct pass_sums *sums = pass->buffers[PASS_SUMS];
+    const struct grad_norm_args args = {slices, n_slices, &sums->squares};
+    return pass->model->ops->grad_norm(pass->model->device, &args);
+}
+
+int pass_squares(struct pass *pass, const struct param_slice *slices, int32_t n_slices, double *ret_sum,
+                 struct error *error)
+{
+    const struct pass_sums *sums = pass->buffers[PASS_SUMS];
+    int status = queue_squares(pass, slices, n_slices);
+    if (!status)
+        status = pass->model->ops->copy_out(pass->model->device, ret_sum, &sums->squares, sizeof *ret_sum);
+    return model_status(status, error, "gradient norm");
+}
+
+int pass_collect(struct pass *pass, const struct param_slice *slices, int32_t n_slices,
+                 struct pass_result *ret_result, struct error *error)
 {
     const struct model *model = pass->model;
     struct pass_sums sums;
-    int status = model->ops->copy_out(model->device, &sums, pass->buffers[PASS_SUMS], sizeof sums);
+    int status = n_slices ? queue_squares(pass, slices, n_slices) : 0;
+    if (!status)
+        status = model->ops->copy_out(model->device, &sums, pass->buffers[PASS_SUMS], sizeof sums);
     if (!status)
         status = model->ops->zero(model->device, pass->buffers[PASS_SUMS], sizeof sums);
     if (status)
         return model_status(status, error, "loss");
-    *ret_result = (struct pass_result){sums.loss_sum, pass->n_targets, sums.n_correct};
+    *ret_result = (struct pass_result){sums.loss_sum, pass->n_targets, sums.n_correct, sums.squares};
     pass->n_targets = 0;
     return 0;
 }

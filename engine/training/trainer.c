@@ -477,9 +477,7 @@ static int check_parameters(const struct trainer *trainer, struct error *error)
     for (int32_t i = 0; i < trainer->n_slices && isfinite(sum); i++) {
         struct param_slice slice = trainer->slices[i];
         slice.grad = slice.param;
-        int code =
-            kernel_check(trainer->ops->grad_norm(trainer->device, &(struct grad_norm_args){&slice, 1, &sum}),
-                         "cannot check the parameters", error);
+        int code = pass_squares(trainer->pass, &slice, 1, &sum, error);
         if (code)
             return code;
     }
@@ -571,9 +569,7 @@ static int probe_gradients(const struct trainer *trainer, int64_t step, struct e
         for (int probe = 2 * t; probe < 2 * t + 2; probe++) {
             int32_t begin = trainer->probe_starts[probe], end = trainer->probe_starts[probe + 1];
             double sum = 0;
-            const struct grad_norm_args args = {trainer->slices + begin, end - begin, &sum};
-            int code = kernel_check(trainer->ops->grad_norm(trainer->device, &args),
-                                    "cannot check the gradients", error);
+            int code = pass_squares(trainer->pass, trainer->slices + begin, end - begin, &sum, error);
             if (code)
                 return code;
             n_live += sum > 0;
@@ -617,24 +613,18 @@ static int update_parameters(struct trainer *trainer, int64_t step, float learni
                              const struct pass_result *result, double *ret_norm, struct error *error)
 {
     const struct training_spec *spec = &trainer->spec;
-    double sum = 0, n_targets = (double)result->n_targets, clip = 1;
+    double n_targets = (double)result->n_targets, clip = 1;
     double total =
         n_targets * (double)loss_factor(trainer); /* what the gradients are times those of the mean */
     *ret_norm = 0;
     if (!result->n_targets)
         return 0;
-    int code =
-        kernel_check(trainer->ops->grad_norm(
-                         trainer->device, &(struct grad_norm_args){trainer->slices, trainer->n_slices, &sum}),
-                     "cannot compute the gradient norm", error);
-    if (code)
-        return code;
-    double norm = sqrt(sum) / total;
+    double norm = sqrt(result->squares) / total;
     if (!isfinite(norm) || !isfinite(result->loss_sum)) {
         *ret_norm = (double)NAN;
         return skip_update(trainer, step, error);
     }
-    code = probe_gradients(trainer, step, error);
+    int code = probe_gradients(trainer, step, error);
     if (code)
         return code;
     if (spec->max_grad_norm > 0 && norm > (double)spec->max_grad_norm)
@@ -724,7 +714,7 @@ static int take_step(struct trainer *trainer, struct error *error)
     double norm = 0, started = now_seconds();
     int64_t step = state->step + 1;
     float learning_rate = training_learning_rate(&trainer->spec, step, trainer->workload.total_steps);
-    int code = pass_collect(trainer->pass, &result, error);
+    int code = pass_collect(trainer->pass, trainer->slices, trainer->n_slices, &result, error);
     if (!code)
         code = update_parameters(trainer, step, learning_rate, &result, &norm, error);
     if (code) {
@@ -827,7 +817,7 @@ static int advance_evaluation(struct trainer *trainer, struct error *error)
     code = pass_run(trainer->pass, trainer->batch, &options, error);
     bool more = trainer->evaluation.position;
     if (!code && !more)
-        code = pass_collect(trainer->pass, &result, error);
+        code = pass_collect(trainer->pass, NULL, 0, &result, error);
     if (!code && !more && !isfinite(result.loss_sum))
         code = error_set(error, ERROR_DIVERGED, "the loss is not finite");
     if (code)

@@ -123,6 +123,6 @@ int CPU_NAME(cpu_grad_norm)(struct kernel_device *device, const struct grad_norm
     double sum = 0;
     for (int64_t i = 0; i < blocks; i++)
         sum += task.sums[i];
-    *a->ret_sum = sum;
+    *a->sum = sum;
     return KERNEL_OK;
 }

@@ -213,6 +213,6 @@ int reference_grad_norm(struct kernel_device *device, const struct grad_norm_arg
     for (int32_t s = 0; s < a->n_slices; s++)
         for (int64_t i = 0; i < a->slices[s].count; i++)
             sum += (double)a->slices[s].grad[i] * (double)a->slices[s].grad[i];
-    *a->ret_sum = sum;
+    *a->sum = sum;
     return KERNEL_OK;
 }

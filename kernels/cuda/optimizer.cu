@@ -196,7 +196,7 @@ static __global__ void total_kernel(const double *__restrict__ sums, int64_t cou
 
 int cuda_grad_norm(struct kernel_device *device, const struct grad_norm_args *a)
 {
-    int status = cuda_enter_unrecorded(device);
+    int status = cuda_enter(device);
     if (status != KERNEL_OK)
         return status;
     if (a->n_slices < 0)
@@ -205,22 +205,13 @@ int cuda_grad_norm(struct kernel_device *device, const struct grad_norm_args *a)
     status = stage_slices(device, a->slices, a->n_slices, &list);
     if (status != KERNEL_OK)
         return status;
-    if (list.blocks == 0) {
-        *a->ret_sum = 0;
-        return KERNEL_OK;
-    }
-    void *sums = NULL, *total = NULL;
+    if (list.blocks == 0)
+        return cuda_zero(device, a->sum, sizeof(*a->sum));
+    void *sums = NULL;
     status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)list.blocks * sizeof(double), &sums);
-    if (status == KERNEL_OK)
-        status = cuda_results(device, sizeof(double), &total);
     if (status != KERNEL_OK)
         return status;
     norm_kernel<<<(unsigned)list.blocks, THREADS, 0, device->stream>>>(list, (double *)sums);
-    total_kernel<<<1, THREADS, 0, device->stream>>>((const double *)sums, list.blocks, (double *)total);
-    status = cuda_launched(device);
-    if (status == KERNEL_OK)
-        status = cuda_synchronize(device);
-    if (status == KERNEL_OK)
-        *a->ret_sum = *(double *)total;
-    return status;
+    total_kernel<<<1, THREADS, 0, device->stream>>>((const double *)sums, list.blocks, a->sum);
+    return cuda_launched(device);
 }

@@ -256,6 +256,7 @@ static int mirror_grad_norm(struct kernel_device *device, const struct grad_norm
     struct grad_norm_args m = *args;
     struct param_slice *slices = mirrored_slices(args->slices, args->n_slices);
     m.slices = slices;
+    R(sum);
     int status = kernels_cuda()->grad_norm(device, &m);
     free(slices);
     return finish(status);

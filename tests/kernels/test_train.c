@@ -9,13 +9,14 @@ struct head_case {
     int32_t n_top;
     bool scores, backward, d_weight;
     bool whole_numbers; /* logits that are exact in any order, with ties */
+    float spread;       /* of hidden; 0 = 1 */
 };
 
 static void head_case(struct session *s, const void *param)
 {
     const struct head_case *p = param;
-    float range = p->whole_numbers ? 0.0f : 1.0f;
-    float *hidden = input_floats(s, "hidden", p->rows * p->d_model, -range, range);
+    float range = p->whole_numbers ? 0.0f : 1.0f, spread = p->spread > 0 ? p->spread : range;
+    float *hidden = input_floats(s, "hidden", p->rows * p->d_model, -spread, spread);
     void *weight = input_weights(s, "weight", p->type, p->vocab, p->d_model, p->d_model, -range, range);
     if (p->whole_numbers) { /* hidden (1, 0, 0 ...), weight (id mod 3, 0 ...) */
         for (int64_t t = 0; t < p->rows; t++)
@@ -101,6 +102,15 @@ static void test_head(void **state)
     }
 }
 
+/* Losses of hundreds: targets whose probability no float holds. */
+static void test_head_far_off(void **state)
+{
+    (void)state;
+    struct head_case p = {
+        .rows = 70, .d_model = 64, .vocab = 600, .type = TYPE_BF16, .scores = true, .spread = 60};
+    compare_backends(head_case, &p, "head with improbable targets");
+}
+
 static void test_head_ties(void **state)
 {
     (void)state;
@@ -158,11 +168,11 @@ static void optimizer_case(struct session *s, const void *param)
         for (int64_t j = 0; j < n; j++)
             slices[i].v[j] = slices[i].v[j] * slices[i].v[j];
     }
-    double sum = NAN;
-    struct grad_norm_args norm = {.slices = slices, .n_slices = 3, .ret_sum = &sum};
+    double *sum = scratch_bytes(s, "sum", sizeof *sum);
+    struct grad_norm_args norm = {.slices = slices, .n_slices = 3, .sum = sum};
     float *ret_norm = output_floats(s, "norm", 1, ELEMENTWISE);
     assert_int_equal(s->ops->grad_norm(s->device, &norm), KERNEL_OK);
-    *ret_norm = (float)sum;
+    *ret_norm = (float)*sum;
     struct adamw_args a = {
         .slices = slices,
         .n_slices = 3,
@@ -234,7 +244,7 @@ static void test_grad_norm_not_finite(void **state)
         static float g[100003];
         struct param_slice slice = {.count = 100003, .grad = g};
         double sum = 0;
-        struct grad_norm_args a = {.slices = &slice, .n_slices = 1, .ret_sum = &sum};
+        struct grad_norm_args a = {.slices = &slice, .n_slices = 1, .sum = &sum};
         for (int j = 0; j < 3; j++) {
             for (int at = 0; at < 100003; at += 50001) {
                 g[at] = bad[j];
@@ -255,6 +265,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_head),
+        cmocka_unit_test(test_head_far_off),
         cmocka_unit_test(test_head_ties),
         cmocka_unit_test(test_optimizer),
         cmocka_unit_test(test_adamw_first_step),

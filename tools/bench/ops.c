@@ -270,12 +270,13 @@ static struct cost cost_head(const struct head_args *a)
 
 static struct cost cost_adamw(const struct adamw_args *a)
 {
-    double count = 0, copies = 0;
+    double count = 0, zeros = 0, copies = 0;
     for (int32_t i = 0; i < a->n_slices; i++) {
         count += (double)a->slices[i].count;
+        zeros += a->slices[i].keep_grad ? 0 : (double)a->slices[i].count * sizeof(float);
         copies += a->slices[i].copy ? (double)a->slices[i].count * size_of(a->slices[i].copy_type) : 0;
     }
-    return cost_of(16 * count, 8 * count * sizeof(float) + copies, PRECISION_FP32, "adamw");
+    return cost_of(16 * count, 7 * count * sizeof(float) + zeros + copies, PRECISION_FP32, "adamw");
 }
 
 static struct cost cost_grad_norm(const struct grad_norm_args *a)

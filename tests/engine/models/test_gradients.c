@@ -30,7 +30,7 @@ static struct pass_result run(struct pass *pass, const struct batch *batch,
     struct error error = {0};
     struct pass_result result = {0};
     check_ok(pass_run(pass, batch, options, &error), &error);
-    check_ok(pass_collect(pass, &result, &error), &error);
+    check_ok(pass_collect(pass, NULL, 0, &result, &error), &error);
     return result;
 }
 

@@ -67,7 +67,7 @@ static void train(struct model *model, const json_t *json, bool full, const stru
             .backward = true, .first = true, .grad_scale = precision->scale / (float)batch->n_targets};
         struct pass_result result;
         check_ok(pass_run(pass, batch, &options, &error), &error);
-        check_ok(pass_collect(pass, &result, &error), &error);
+        check_ok(pass_collect(pass, NULL, 0, &result, &error), &error);
         losses[step] = result.loss_sum / (double)result.n_targets;
         adamw.step = (int64_t)step + 1;
         assert_int_equal(ops->adamw(model_device(model), &adamw), 0);
