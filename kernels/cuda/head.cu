@@ -1,4 +1,4 @@
-/* head.cu: the output layer and its loss, whatever the types; head_fused.cu does BF16 on Hopper.
+/* head.cu: the output layer and its loss, whatever the types; head_fused.cu does the frequent ones on Hopper.
  *
  * Rows go through in chunks: fp32 logits by one product into the workspace; a block a row for the scores, which leaves
  * the gradient of the logits in their place, narrowed to the type of the activations; then the products for d_hidden and

@@ -1,18 +1,20 @@
-/* head_fused.cu: the output layer and its loss on Hopper in BF16, where logits never reach memory.
+/* head_fused.cu: the output layer and its loss on Hopper in BF16 and F16, where logits never reach memory.
  *
  * With l the logits of a row, t its target and c = l[t] (from a product of its own, in fp32),
  *
  *     e[j] = exp(l[j] - c),  S = sum of e[j] over j != t,
  *     -log p(t) = log(1 + S),  d(hidden) = grad_scale / (1 + S) (sum of e[j] W[j] over j != t  -  S W[t]).
  *
- * So what divides comes after the second product, and e can be written, in BF16, by the first product's own kernel: each
+ * So what divides comes after the second product, and e can be written by the first product's own kernel: each
  * of its tiles of 128 rows x 256 ids leaves e and, of each row, the sum of e and the highest logit. A small kernel adds
  * those up in order, puts -S in the target's place, and the second product runs over e. Nothing cancels: the loss
  * of a row that is nearly certain, and its gradient, are as exact as those of any other.
  *
- * e has BF16's range, that of a float, and is cut off at 2^100. Where that happens, at a probability of 1e-30 and less, the
- * loss is taken to be the distance to the highest logit, too small by the logarithm of how many are near it. F16 has no such range, and
- * stays with head.cu.
+ * In BF16 e has the range of a float, and is cut off at 2^100. Where that happens, at a probability of 1e-30 and less, the
+ * loss is taken to be the distance to the highest logit, too small by the logarithm of how many are near it.
+ *
+ * F16 cannot hold that e. There a tile writes it relative to the row's highest logit in the tile, and once the row's sum is
+ * known, one more pass over e makes that F16_UNIT e / S, and -F16_UNIT of the target, which fits whatever the logits are.
  *
  * The kernel of the first product: one block a multiprocessor goes through tiles; one thread of it has the copy engine
  * bring pieces of 64 columns of both matrices into a ring of STAGES, two warpgroups multiply 64 rows each. One of them
@@ -39,13 +41,17 @@ enum {
     TILES_OF_A_WAVE = 132,         /* what the second product does at once on an H200 */
 };
 constexpr float LOG2_E = 1.44269504089f;
+constexpr float EXPONENT_MOST = 100.0f; /* of e in BF16, to the base of 2 */
+constexpr float F16_UNIT = 32768.0f;
+
+template <typename T> constexpr bool by_tile = std::is_same<T, __half>::value;
 
 /* What a tile says about a row. 16 bytes. */
 struct tile_result {
-    float sum; /* of e, but for the target's */
+    float sum; /* of e, but for the target's; then, by tile, what its e is multiplied by */
     float highest;
-    int32_t id; /* of the highest logit, or -1: all are NaN or minus infinity */
-    int32_t unused;
+    int32_t id;  /* of the highest logit, or -1: all are NaN or minus infinity */
+    float shift; /* by tile: what e is relative to, times log2 e */
 };
 
 /* Some rows of the whole. */
@@ -53,16 +59,14 @@ struct chunk {
     int64_t rows, vocab, e_stride;
     const int32_t *targets;
     float *shifts;               /* [rows]: c log2 e */
-    float *factors;              /* [rows]: 1 / (1 + S); 0 where there is no gradient */
+    float *factors;              /* [rows]: 1 / (1 + S), by tile S / (1 + S); 0 where there is no gradient */
     struct tile_result *results; /* [rows,n_tiles] */
-    __nv_bfloat16 *e;            /* [rows,e_stride] */
+    void *e;                     /* [rows,e_stride] */
     float *sums; /* [rows,d]: d(hidden) without what divides; then hidden times what divides */
     int32_t m_tiles, n_tiles, pieces;
 };
 
 /* ---- the first product ---- */
-
-constexpr float EXPONENT_MOST = 100.0f; /* of e, to the base of 2 */
 
 #if CUDA_HOPPER
 
@@ -80,10 +84,13 @@ __device__ __forceinline__ float min_with_nan(float a, float b)
     return v;
 }
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high)
+template <typename T> __device__ __forceinline__ uint32_t pack_pair(float low, float high)
 {
     uint32_t v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    if constexpr (by_tile<T>)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
     return v;
 }
 
@@ -127,13 +134,27 @@ __device__ __forceinline__ void take_higher(float &highest, int32_t &id, float o
     }
 }
 
-template <bool STORE, int H>
+/* What e of the row is relative to in this tile, times log2 e. */
+template <int H> __device__ __forceinline__ float tile_shift(const float (&logits)[128])
+{
+    float most = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        most = fmaxf(most, logits[i / 2 * 4 + 2 * H + i % 2]);
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+    return most > -INFINITY ? most * LOG2_E : 0.0f;
+}
+
+template <typename T, bool STORE, int H>
 __device__ __forceinline__ void finish_row(const struct chunk &chunk, const float (&logits)[128],
                                            const struct tile_row &own, int32_t n_tile, int limit, int q)
 {
-    float sum = 0.0f, highest = -INFINITY;
+    float sum = 0.0f, highest = -INFINITY, shift = own.shift;
     int32_t id = -1;
-    __nv_bfloat16 *e = chunk.e + own.row * chunk.e_stride + (int64_t)n_tile * TILE_IDS + 8 * q;
+    T *e = (T *)chunk.e + own.row * chunk.e_stride + (int64_t)n_tile * TILE_IDS + 8 * q;
+    if constexpr (by_tile<T>)
+        shift = tile_shift<H>(logits);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         uint32_t words[4];
@@ -147,10 +168,13 @@ __device__ __forceinline__ void finish_row(const struct chunk &chunk, const floa
                     highest = l;
                     id = 8 * (4 * i + k) + b;
                 }
-                pair[b] = exp2_approximate(min_with_nan(fmaf(l, LOG2_E, -own.shift), EXPONENT_MOST));
+                float exponent = fmaf(l, LOG2_E, -shift);
+                if constexpr (!by_tile<T>)
+                    exponent = min_with_nan(exponent, EXPONENT_MOST);
+                pair[b] = exp2_approximate(exponent);
                 sum += pair[b];
             }
-            words[k] = pack_bf16(pair[0], pair[1]);
+            words[k] = pack_pair<T>(pair[0], pair[1]);
         }
         if (STORE) {
             transpose_quad(words, q);
@@ -171,8 +195,8 @@ __device__ __forceinline__ void finish_row(const struct chunk &chunk, const floa
     }
     if (q == 0 && own.inside) {
         int32_t result = id < 0 ? -1 : id + n_tile * TILE_IDS;
-        *reinterpret_cast<uint4 *>(chunk.results + own.row * chunk.n_tiles + n_tile) =
-            make_uint4(__float_as_uint(sum), __float_as_uint(highest), (uint32_t)result, 0);
+        *reinterpret_cast<uint4 *>(chunk.results + own.row * chunk.n_tiles + n_tile) = make_uint4(
+            __float_as_uint(sum), __float_as_uint(highest), (uint32_t)result, __float_as_uint(shift));
     }
 }
 
@@ -216,7 +240,7 @@ __device__ __forceinline__ void load_tiles(const CUtensorMap *hidden, const CUte
     }
 }
 
-template <bool STORE>
+template <typename T, bool STORE>
 __device__ __forceinline__ void multiply_tiles(const struct chunk &chunk, const struct tile_shared &shared,
                                                int group)
 {
@@ -245,8 +269,8 @@ __device__ __forceinline__ void multiply_tiles(const struct chunk &chunk, const 
             product_begin();
 #pragma unroll
             for (int k = 0; k < PIECE / 16; k++)
-                product_64x256(logits, tile_descriptor(a + 32 * k), tile_descriptor(b + 32 * k),
-                               piece + k > 0);
+                product_64x256<T>(logits, tile_descriptor(a + 32 * k), tile_descriptor(b + 32 * k),
+                                  piece + k > 0);
             product_commit();
             if (first && group == 0 && piece == (chunk.pieces > 2 ? 2 : 0)) {
                 numbered_arrive(1, 2 * GROUP);
@@ -264,14 +288,14 @@ __device__ __forceinline__ void multiply_tiles(const struct chunk &chunk, const 
                               ? chunk.vocab - (int64_t)n_tile * TILE_IDS
                               : TILE_IDS);
         mask(logits, own, limit, q);
-        finish_row<STORE, 0>(chunk, logits, own[0], n_tile, limit, q);
-        finish_row<STORE, 1>(chunk, logits, own[1], n_tile, limit, q);
+        finish_row<T, STORE, 0>(chunk, logits, own[0], n_tile, limit, q);
+        finish_row<T, STORE, 1>(chunk, logits, own[1], n_tile, limit, q);
     }
 }
 
 #endif
 
-template <bool STORE>
+template <typename T, bool STORE>
 __global__ void __launch_bounds__(TILE_THREADS, 1)
     tile_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
                 const __grid_constant__ struct chunk chunk)
@@ -294,7 +318,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
             load_tiles(&hidden, &weight, chunk, shared);
     } else {
         registers_more<232>();
-        multiply_tiles<STORE>(chunk, shared, (int)threadIdx.x / GROUP - 1);
+        multiply_tiles<T, STORE>(chunk, shared, (int)threadIdx.x / GROUP - 1);
     }
 #endif
 }
@@ -302,11 +326,11 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
 /* ---- around it ---- */
 
 /* c of each row. */
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    shift_kernel(const __nv_bfloat16 *__restrict__ hidden, const __nv_bfloat16 *__restrict__ weight,
-                 struct chunk chunk, int64_t d)
+    shift_kernel(const T *__restrict__ hidden, const T *__restrict__ weight, struct chunk chunk, int64_t d)
 {
-    constexpr int N = pack<__nv_bfloat16>::COUNT;
+    constexpr int N = pack<T>::COUNT;
     int64_t row = (int64_t)blockIdx.x * ROWS_A_BLOCK + threadIdx.x / WARP;
     if (row >= chunk.rows)
         return;
@@ -328,18 +352,28 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* What the tiles of each row come to. first: the caller's row. */
-template <bool STORE>
+template <typename T, bool STORE>
 __global__ void __launch_bounds__(THREADS)
     result_kernel(struct chunk chunk, struct head_args h, struct head_scores scores, int64_t first)
 {
     int64_t row = (int64_t)blockIdx.x * ROWS_A_BLOCK + threadIdx.x / WARP;
     if (row >= chunk.rows)
         return;
-    float sum = 0.0f, highest = -INFINITY;
-    int32_t id = -1;
-    for (int32_t tile = (int32_t)threadIdx.x % WARP; tile < chunk.n_tiles; tile += WARP) {
-        struct tile_result result = chunk.results[row * chunk.n_tiles + tile];
-        sum += result.sum;
+    struct tile_result *results = chunk.results + row * chunk.n_tiles;
+    float sum = 0.0f, highest = -INFINITY, most = -INFINITY;
+    int32_t id = -1, lane = (int32_t)threadIdx.x % WARP;
+    if constexpr (by_tile<T>) {
+        for (int32_t tile = lane; tile < chunk.n_tiles; tile += WARP)
+            if (results[tile].sum != 0.0f)
+                most = fmaxf(most, results[tile].shift);
+        most = warp_max(most);
+    }
+    for (int32_t tile = lane; tile < chunk.n_tiles; tile += WARP) {
+        struct tile_result result = results[tile];
+        if (!by_tile<T>)
+            sum += result.sum;
+        else if (result.sum != 0.0f)
+            sum = fmaf(result.sum, exp2f(result.shift - most), sum);
         if (result.id >= 0 && (id < 0 || result.highest > highest)) {
             highest = result.highest;
             id = result.id;
@@ -355,14 +389,24 @@ __global__ void __launch_bounds__(THREADS)
             id = other_id;
         }
     }
-    if (threadIdx.x % WARP != 0)
-        return;
     int32_t target = chunk.targets[row];
     bool scored = target >= 0 && target < chunk.vocab;
-    sum = isnan(chunk.shifts[row]) ? NAN : sum;
-    float loss = log1pf(sum), above = highest * LOG2_E - chunk.shifts[row];
-    if (above > EXPONENT_MOST && !isnan(sum))
-        loss = above / LOG2_E;
+    if constexpr (STORE && by_tile<T>) {
+        float unit = scored && sum > 0.0f ? F16_UNIT / sum : 0.0f;
+        for (int32_t tile = lane; tile < chunk.n_tiles; tile += WARP)
+            results[tile].sum = results[tile].sum != 0.0f ? unit * exp2f(results[tile].shift - most) : 0.0f;
+    }
+    if (lane != 0)
+        return;
+    float shift = chunk.shifts[row], others, above; /* S, and about its logarithm to the base of 2 */
+    if constexpr (by_tile<T>) {
+        others = sum * exp2f(most - shift);
+        above = most + log2f(sum) - shift;
+    } else {
+        others = isnan(shift) ? NAN : sum;
+        above = highest * LOG2_E - shift;
+    }
+    float loss = above > EXPONENT_MOST && !isnan(others) ? above / LOG2_E : log1pf(others);
     float logprob = scored ? -loss : target < 0 ? 0.0f : NAN;
     if (h.argmax != NULL)
         h.argmax[first + row] = id < 0 ? 0 : id;
@@ -370,18 +414,36 @@ __global__ void __launch_bounds__(THREADS)
         h.logprobs[first + row] = logprob;
     scores.logprobs[first + row] = logprob;
     scores.right[first + row] = id == target;
-    chunk.factors[row] = scored ? 1.0f / (1.0f + sum) : 0.0f;
-    if (STORE && scored)
-        chunk.e[row * chunk.e_stride + target] = __float2bfloat16_rn(-sum);
+    chunk.factors[row] = !scored ? 0.0f : by_tile<T> ? 1.0f / (1.0f + 1.0f / others) : 1.0f / (1.0f + others);
+    if constexpr (STORE && !by_tile<T>)
+        if (scored)
+            ((T *)chunk.e)[row * chunk.e_stride + target] = from_float<T>(-others);
 }
 
-/* to = from times grad_scale and the row's factor. */
-template <typename From>
-__global__ void __launch_bounds__(THREADS)
-    scale_kernel(const From *__restrict__ from, __nv_bfloat16 *__restrict__ to,
-                 const float *__restrict__ factors, int64_t rows, int64_t d, float grad_scale)
+/* Makes e of each tile what result_kernel found that it must be. A block a row. */
+template <typename T> __global__ void __launch_bounds__(THREADS) rescale_kernel(struct chunk chunk)
 {
-    constexpr int N = pack<__nv_bfloat16>::COUNT;
+    constexpr int N = pack<T>::COUNT;
+    int64_t row = blockIdx.x;
+    int32_t target = chunk.targets[row];
+    T *e = (T *)chunk.e + row * chunk.e_stride;
+    for (int64_t j = (int64_t)threadIdx.x * N; j < chunk.vocab; j += THREADS * N) {
+        float v[N], scale = chunk.results[row * chunk.n_tiles + j / TILE_IDS].sum;
+        load_pack(e + j, v);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            v[i] = j + i == target ? -F16_UNIT : v[i] * scale;
+        store_pack(e + j, v);
+    }
+}
+
+/* to = from times the row's factor and scale. */
+template <typename From, typename To>
+__global__ void __launch_bounds__(THREADS)
+    scale_kernel(const From *__restrict__ from, To *__restrict__ to, const float *__restrict__ factors,
+                 int64_t rows, int64_t d, float scale)
+{
+    constexpr int N = pack<To>::COUNT;
     int64_t row = (int64_t)blockIdx.x * ROWS_A_BLOCK + threadIdx.x / WARP;
     if (row >= rows)
         return;
@@ -391,7 +453,7 @@ __global__ void __launch_bounds__(THREADS)
         load_pack(from + row * d + i, v);
 #pragma unroll
         for (int j = 0; j < N; j++)
-            v[j] = factor == 0.0f ? 0.0f : v[j] * factor * grad_scale;
+            v[j] = factor == 0.0f ? 0.0f : v[j] * factor * scale;
         store_pack(to + row * d + i, v);
     }
 }
@@ -429,41 +491,44 @@ int64_t carve(struct chunk *chunk, void *workspace, int64_t rows, int64_t d, int
         chunk->shifts = (float *)(base + shifts);
         chunk->factors = (float *)(base + factors);
         chunk->results = (struct tile_result *)(base + results);
-        chunk->e = (__nv_bfloat16 *)(base + e);
+        chunk->e = base + e;
         chunk->sums = (float *)(base + sums);
     }
     return sums + (backward ? round_up(rows * d * 4) : 0);
 }
 
-template <bool STORE>
-int first_product(struct kernel_device *device, const struct head_args *h, const __nv_bfloat16 *hidden,
-                  const __nv_bfloat16 *weight, const struct chunk &chunk, int64_t first)
+template <typename T, bool STORE>
+int first_product(struct kernel_device *device, const struct head_args *h, const T *hidden,
+                  const struct chunk &chunk, int64_t first)
 {
     CUtensorMap hidden_map, weight_map;
-    int status = cuda_tile_map(&hidden_map, hidden, chunk.rows, h->d_model, h->d_model, TILE_ROWS, TYPE_BF16);
+    int status = cuda_tile_map(&hidden_map, hidden, chunk.rows, h->d_model, h->d_model, TILE_ROWS, h->act);
     if (status == KERNEL_OK)
-        status = cuda_tile_map(&weight_map, weight, chunk.vocab, h->d_model, h->d_model, TILE_IDS, TYPE_BF16);
+        status = cuda_tile_map(&weight_map, h->weight, chunk.vocab, h->d_model, h->d_model, TILE_IDS, h->act);
     if (status == KERNEL_OK)
         status = cuda_check(device,
-                            cudaFuncSetAttribute(tile_kernel<STORE>,
+                            cudaFuncSetAttribute(tile_kernel<T, STORE>,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
     if (status != KERNEL_OK)
         return status;
     unsigned by_row = (unsigned)divide_up(chunk.rows, ROWS_A_BLOCK);
     int64_t tiles = (int64_t)chunk.m_tiles * chunk.n_tiles;
     unsigned blocks = (unsigned)(tiles < device->multiprocessors ? tiles : device->multiprocessors);
-    shift_kernel<<<by_row, THREADS, 0, device->stream>>>(hidden, weight, chunk, h->d_model);
-    tile_kernel<STORE><<<blocks, TILE_THREADS, SHARED_BYTES, device->stream>>>(hidden_map, weight_map, chunk);
-    result_kernel<STORE><<<by_row, THREADS, 0, device->stream>>>(chunk, *h, head_scores_of(h), first);
+    shift_kernel<<<by_row, THREADS, 0, device->stream>>>(hidden, (const T *)h->weight, chunk, h->d_model);
+    tile_kernel<T, STORE>
+        <<<blocks, TILE_THREADS, SHARED_BYTES, device->stream>>>(hidden_map, weight_map, chunk);
+    result_kernel<T, STORE><<<by_row, THREADS, 0, device->stream>>>(chunk, *h, head_scores_of(h), first);
+    if constexpr (STORE && by_tile<T>)
+        rescale_kernel<T><<<(unsigned)chunk.rows, THREADS, 0, device->stream>>>(chunk);
     return cuda_launched(device);
 }
 
+template <typename T>
 int chunk_run(struct kernel_device *device, const struct head_args *h, int64_t first, int64_t rows)
 {
     struct chunk chunk = {};
     int64_t d = h->d_model;
-    const __nv_bfloat16 *weight = (const __nv_bfloat16 *)h->weight;
-    const __nv_bfloat16 *hidden = (const __nv_bfloat16 *)h->hidden + first * d;
+    const T *hidden = (const T *)h->hidden + first * d;
     bool backward = h->d_hidden != NULL || h->d_weight != NULL;
     carve(&chunk, (char *)h->workspace + head_scores_bytes(h->rows), chunk_rows(h->rows, d), d, h->vocab,
           backward);
@@ -474,21 +539,23 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, int64_t f
     chunk.m_tiles = (int32_t)divide_up(rows, TILE_ROWS);
     chunk.n_tiles = (int32_t)divide_up(h->vocab, TILE_IDS);
     chunk.pieces = (int32_t)(d / PIECE);
-    int status = backward ? first_product<true>(device, h, hidden, weight, chunk, first)
-                          : first_product<false>(device, h, hidden, weight, chunk, first);
+    int status = backward ? first_product<T, true>(device, h, hidden, chunk, first)
+                          : first_product<T, false>(device, h, hidden, chunk, first);
     unsigned by_row = (unsigned)divide_up(rows, ROWS_A_BLOCK);
+    float scale = by_tile<T> ? h->grad_scale / F16_UNIT : h->grad_scale;
+    struct head_matrix e = {chunk.e, chunk.e_stride, false, h->act};
     if (h->d_hidden != NULL && status == KERNEL_OK) {
-        status = head_product(device, rows, d, h->vocab, {chunk.e, chunk.e_stride, false, TYPE_BF16},
-                              {weight, d, false, TYPE_BF16}, false, 1.0f, chunk.sums, TYPE_F32, 0.0f);
-        scale_kernel<<<by_row, THREADS, 0, device->stream>>>(
-            chunk.sums, (__nv_bfloat16 *)h->d_hidden + first * d, chunk.factors, rows, d, h->grad_scale);
+        status = head_product(device, rows, d, h->vocab, e, {h->weight, d, false, h->act}, false, 1.0f,
+                              chunk.sums, TYPE_F32, 0.0f);
+        scale_kernel<<<by_row, THREADS, 0, device->stream>>>(chunk.sums, (T *)h->d_hidden + first * d,
+                                                             chunk.factors, rows, d, scale);
     }
     if (h->d_weight != NULL && status == KERNEL_OK) {
-        __nv_bfloat16 *scaled = (__nv_bfloat16 *)chunk.sums;
-        scale_kernel<<<by_row, THREADS, 0, device->stream>>>(hidden, scaled, chunk.factors, rows, d,
-                                                             h->grad_scale);
-        status = head_product(device, h->vocab, d, rows, {chunk.e, chunk.e_stride, true, TYPE_BF16},
-                              {scaled, d, false, TYPE_BF16}, false, 1.0f, h->d_weight, TYPE_F32, 1.0f);
+        T *scaled = (T *)chunk.sums;
+        scale_kernel<<<by_row, THREADS, 0, device->stream>>>(hidden, scaled, chunk.factors, rows, d, 1.0f);
+        e.transposed = true;
+        status = head_product(device, h->vocab, d, rows, e, {scaled, d, false, h->act}, false, scale,
+                              h->d_weight, TYPE_F32, 1.0f);
     }
     return status == KERNEL_OK ? cuda_launched(device) : status;
 }
@@ -497,8 +564,8 @@ int chunk_run(struct kernel_device *device, const struct head_args *h, int64_t f
 
 bool head_fused_can(const struct kernel_device *device, const struct head_args *h)
 {
-    return device->hopper && h->act == TYPE_BF16 && h->weight_type == TYPE_BF16 && h->top_ids == NULL &&
-           h->d_model % PIECE == 0 && h->vocab % pack<__nv_bfloat16>::COUNT == 0 &&
+    return device->hopper && (h->act == TYPE_BF16 || h->act == TYPE_F16) && h->weight_type == h->act &&
+           h->top_ids == NULL && h->d_model % PIECE == 0 && h->vocab % pack<__nv_bfloat16>::COUNT == 0 &&
            (uintptr_t)h->hidden % 16 == 0 && (uintptr_t)h->weight % 16 == 0 &&
            (uintptr_t)h->d_hidden % 16 == 0 && (uintptr_t)h->workspace % 16 == 0;
 }
@@ -512,7 +579,10 @@ int head_fused(struct kernel_device *device, const struct head_args *h)
 {
     int64_t chunk = chunk_rows(h->rows, h->d_model);
     int status = KERNEL_OK;
-    for (int64_t first = 0; first < h->rows && status == KERNEL_OK; first += chunk)
-        status = chunk_run(device, h, first, h->rows - first < chunk ? h->rows - first : chunk);
+    for (int64_t first = 0; first < h->rows && status == KERNEL_OK; first += chunk) {
+        int64_t rows = h->rows - first < chunk ? h->rows - first : chunk;
+        status = h->act == TYPE_F16 ? chunk_run<__half>(device, h, first, rows)
+                                    : chunk_run<__nv_bfloat16>(device, h, first, rows);
+    }
     return status;
 }

@@ -90,14 +90,16 @@ static void test_head(void **state)
     static const int64_t tiles[][3] = {
         {1, 64, 8}, {63, 64, 264}, {129, 128, 1000}, {150, 128, 520}, {257, 64, 256}};
     for (int i = 0; i < 5; i++) {
-        for (int j = 0; j < 3; j++) {
-            p = (struct head_case){
-                .rows = tiles[i][0], .d_model = tiles[i][1], .vocab = tiles[i][2], .type = TYPE_BF16};
+        for (int j = 0; j < 6; j++) {
+            p = (struct head_case){.rows = tiles[i][0],
+                                   .d_model = tiles[i][1],
+                                   .vocab = tiles[i][2],
+                                   .type = j < 3 ? TYPE_BF16 : TYPE_F16};
             p.scores = true;
-            p.backward = j > 0;
-            p.d_weight = j > 1;
-            compare_backends(head_case, &p, "head in tiles, rows %lld vocab %lld", (long long)p.rows,
-                             (long long)p.vocab);
+            p.backward = j % 3 > 0;
+            p.d_weight = j % 3 > 1;
+            compare_backends(head_case, &p, "head in tiles, %s, rows %lld vocab %lld",
+                             kernel_type_name(p.type), (long long)p.rows, (long long)p.vocab);
         }
     }
 }
@@ -109,6 +111,10 @@ static void test_head_far_off(void **state)
     struct head_case p = {
         .rows = 70, .d_model = 64, .vocab = 600, .type = TYPE_BF16, .scores = true, .spread = 60};
     compare_backends(head_case, &p, "head with improbable targets");
+    p.type = TYPE_F16;
+    p.spread = 15;
+    p.backward = p.d_weight = true;
+    compare_backends(head_case, &p, "head with improbable targets, fp16");
 }
 
 static void test_head_ties(void **state)
