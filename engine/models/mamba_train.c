@@ -66,9 +66,13 @@ int64_t mamba_recompute_levels(const struct model_config *c)
     return levels;
 }
 
-/* How many slots there are of a kind at a level; the last one is shared. */
-static int64_t kept_slots(const struct model_config *c, int64_t level, enum kept_kind kind)
+/* How many slots there are of a kind; the last one is shared. rmsnorm(r) is there for the gradients of in_proj alone. */
+static int64_t kept_slots(const struct model_config *c, const struct plan_request *request,
+                          enum kept_kind kind)
 {
+    int64_t level = request->recompute;
+    if (kind == KEPT_NORM && request->adaptation == ADAPT_LORA && !(request->lora.targets & TARGET_IN_PROJ))
+        return 1;
     for (int k = 0; k < (int)kind; k++)
         level -= kept_count(c, (enum kept_kind)k) - 1;
     int64_t count = kept_count(c, kind);
@@ -77,7 +81,7 @@ static int64_t kept_slots(const struct model_config *c, int64_t level, enum kept
 
 static int64_t kept_slot(const struct pass *pass, int64_t layer, enum kept_kind kind)
 {
-    int64_t last = kept_slots(&pass->model->config, pass->request.recompute, kind) - 1;
+    int64_t last = kept_slots(&pass->model->config, &pass->request, kind) - 1;
     return layer < last ? layer : last;
 }
 
@@ -85,7 +89,7 @@ static int64_t kept_slot(const struct pass *pass, int64_t layer, enum kept_kind 
 static bool is_lost(const struct pass *pass, int64_t layer, enum kept_kind kind)
 {
     const struct model_config *c = &pass->model->config;
-    return layer >= kept_slots(c, pass->request.recompute, kind) - 1 && layer < kept_count(c, kind) - 1;
+    return layer >= kept_slots(c, &pass->request, kind) - 1 && layer < kept_count(c, kind) - 1;
 }
 
 /* ---- the plan ---- */
@@ -94,20 +98,20 @@ void mamba_pass_plan(const struct model_config *c, const struct plan_request *re
                      const struct kernel_ops *ops, struct plan *plan)
 {
     const int64_t f = sizeof(float), size = (int64_t)kernel_type_size(request->act);
-    const int64_t tokens = request->max_tokens, layers = c->n_layers, level = request->recompute;
+    const int64_t tokens = request->max_tokens, layers = c->n_layers;
     const int64_t inner = tokens * c->d_inner, width = tokens * (c->dt_rank + 2 * c->d_state);
     const int64_t rank = request->adaptation == ADAPT_LORA ? request->lora.rank : 0;
     plan_add(plan, PASS_R, PLAN_ACTIVATION, (layers + (request->act != TYPE_F32)) * tokens * c->d_model,
              size);
     plan_add(plan, PASS_RSTD, PLAN_ACTIVATION, (layers + 1) * tokens, f);
-    plan_add(plan, PASS_NORMS, PLAN_ACTIVATION, (kept_slots(c, level, KEPT_NORM) - 1) * tokens * c->d_model,
+    plan_add(plan, PASS_NORMS, PLAN_ACTIVATION, (kept_slots(c, request, KEPT_NORM) - 1) * tokens * c->d_model,
              size);
-    plan_add(plan, PASS_XZ, PLAN_ACTIVATION, kept_slots(c, level, KEPT_XZ) * 2 * inner, size);
-    plan_add(plan, PASS_XC, PLAN_ACTIVATION, kept_slots(c, level, KEPT_XC) * inner, size);
-    plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, kept_slots(c, level, KEPT_SCAN) * width, size);
-    plan_add(plan, PASS_DT, PLAN_ACTIVATION, kept_slots(c, level, KEPT_DT) * inner, size);
+    plan_add(plan, PASS_XZ, PLAN_ACTIVATION, kept_slots(c, request, KEPT_XZ) * 2 * inner, size);
+    plan_add(plan, PASS_XC, PLAN_ACTIVATION, kept_slots(c, request, KEPT_XC) * inner, size);
+    plan_add(plan, PASS_X_DBL, PLAN_ACTIVATION, kept_slots(c, request, KEPT_SCAN) * width, size);
+    plan_add(plan, PASS_DT, PLAN_ACTIVATION, kept_slots(c, request, KEPT_DT) * inner, size);
     plan_add(plan, PASS_CHUNKS, PLAN_ACTIVATION,
-             kept_slots(c, level, KEPT_SCAN) * max_chunks(tokens, request->max_seqs),
+             kept_slots(c, request, KEPT_SCAN) * max_chunks(tokens, request->max_seqs),
              c->d_state * c->d_inner * f);
     plan_add(plan, PASS_U, PLAN_ACTIVATION, layers * projections(request->lora.targets) * tokens * rank,
              size);
@@ -162,7 +166,7 @@ static struct layer_flow pass_flow(const struct pass *pass, const struct batch *
         .y = at[PASS_Y],
         .output = at[PASS_ROWS],
     };
-    if (layer < kept_slots(c, request->recompute, KEPT_NORM) - 1)
+    if (layer < kept_slots(c, request, KEPT_NORM) - 1)
         flow.normed = element_at(at[PASS_NORMS], layer * tokens * d, act);
     if (act != TYPE_F32) {
         flow.kept = element_at(at[PASS_R], layer * tokens * d, act);

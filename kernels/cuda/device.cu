@@ -9,7 +9,7 @@
 enum {
     STAGING_BYTES = 1 << 20,
     STAGING_ALIGNMENT = 256,
-    SMALL_BYTES = STAGING_BYTES / 4, /* a copy through pinned memory pays */
+    SMALL_BYTES = STAGING_BYTES, /* a copy through pinned memory pays, and waits for nothing */
     CACHED_BYTES = 4096,             /* of an array that is kept, at least: growing waits for the device */
 };
 static const size_t BLAS_WORKSPACE_BYTES = (size_t)32 << 20; /* what cuBLAS recommends for Hopper */
