@@ -38,7 +38,7 @@
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed"}
  *   JOB_VALIDATE -> JOB_VALIDATED | JOB_INVALID | FAILED    "busy": not beside the job that trains here
  *     {"job","attempt","model","training_file": path,"validation_file": path|null,"hyperparameters","seed"}
- *   JOB_START -> JOB_* ... JOB_ENDED
+ *   JOB_START -> JOB_* ... JOB_ENDED   begins when no request runs, if there is no room before
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",
  *     "resume_from": path|null}
  *   JOB_STOP                        pause checkpoints first. Answered by JOB_ENDED

@@ -193,6 +193,16 @@ static void forget(struct worker *worker, const json_t *payload)
 
 /* ---- frames ---- */
 
+static void append_waiting(struct worker *worker, struct waiting_frame *waiting)
+{
+    waiting->next = NULL;
+    if (worker->waiting_last)
+        worker->waiting_last->next = waiting;
+    else
+        worker->waiting_first = waiting;
+    worker->waiting_last = waiting;
+}
+
 static int put_off(struct worker *worker, struct frame *frame, struct error *error)
 {
     struct waiting_frame *waiting = calloc(1, sizeof *waiting);
@@ -200,33 +210,51 @@ static int put_off(struct worker *worker, struct frame *frame, struct error *err
         return error_set(error, ERROR_NO_MEMORY, "no memory for a frame");
     waiting->frame = *frame;
     json_incref(frame->payload);
-    if (worker->waiting_last)
-        worker->waiting_last->next = waiting;
-    else
-        worker->waiting_first = waiting;
-    worker->waiting_last = waiting;
+    append_waiting(worker, waiting);
     return 0;
+}
+
+/* Take a frame that waits out of its list; previous: the one before it, or NULL. Free it. */
+static struct waiting_frame *unlink_waiting(struct worker *worker, struct waiting_frame *previous)
+{
+    struct waiting_frame **link = previous ? &previous->next : &worker->waiting_first, *found = *link;
+    *link = found->next;
+    if (worker->waiting_last == found)
+        worker->waiting_last = previous;
+    return found;
+}
+
+static void free_waiting(struct waiting_frame *waiting)
+{
+    json_decref(waiting->frame.payload);
+    free(waiting);
 }
 
 /* A request that is still put off is never begun. Returns false where there is none of that id. */
 static bool cancel_waiting(struct worker *worker, uint64_t id)
 {
-    struct waiting_frame **link = &worker->waiting_first, *previous = NULL, *found;
+    struct waiting_frame *found = worker->waiting_first, *previous = NULL;
     struct error error = {0};
-    while ((found = *link) && found->frame.id != id) {
+    for (; found && found->frame.id != id; found = found->next)
         previous = found;
-        link = &found->next;
-    }
     if (!id || !found)
         return false;
-    *link = found->next;
-    if (worker->waiting_last == found)
-        worker->waiting_last = previous;
     error_set(&error, ERROR_CANCELLED, "cancelled");
     worker_fail(worker, id, &error);
-    json_decref(found->frame.payload);
-    free(found);
+    free_waiting(unlink_waiting(worker, previous));
     return true;
+}
+
+/* The same for a job that waits for room. */
+static bool stop_waiting(struct worker *worker, const json_t *stop)
+{
+    struct waiting_frame *previous = NULL;
+    for (struct waiting_frame *found = worker->waiting_first; found; previous = found, found = found->next)
+        if (found->for_room && worker_job_stop_unstarted(worker, found->frame.payload, stop)) {
+            free_waiting(unlink_waiting(worker, previous));
+            return true;
+        }
+    return false;
 }
 
 static void dispatch(struct worker *worker, struct frame *frame)
@@ -279,26 +307,31 @@ static void dispatch(struct worker *worker, struct frame *frame)
     json_decref(frame->payload);
 }
 
-/* The next of the frames that had to wait. Not from inside a trainer call. */
-static void handle_waiting(struct worker *worker)
+/* The next of the frames that had to wait, if one may be handled now. Not from inside a trainer call. */
+static bool handle_waiting(struct worker *worker)
 {
-    struct waiting_frame *waiting = worker->waiting_first;
-    worker->waiting_first = waiting->next;
-    if (!worker->waiting_first)
-        worker->waiting_last = NULL;
-    struct frame *frame = &waiting->frame;
+    struct waiting_frame *waiting = worker->waiting_first, *previous = NULL;
+    for (; waiting && waiting->for_room && !loaded_models_idle(&worker->models); waiting = waiting->next)
+        previous = waiting;
+    if (!waiting)
+        return false;
+    unlink_waiting(worker, previous);
+    const struct frame *frame = &waiting->frame;
+    if (frame->type == FRAME_JOB_START && !worker_job_start(worker, frame->payload)) {
+        waiting->for_room = true;
+        append_waiting(worker, waiting);
+        return true;
+    }
     if (frame->type == FRAME_JOB_VALIDATE)
         worker_job_validate(worker, frame->id, frame->payload);
     else if (frame->type == FRAME_JOB_PLAN)
         worker_job_plan(worker, frame->id, frame->payload, false);
-    else if (frame->type == FRAME_JOB_START)
-        worker_job_start(worker, frame->payload);
-    else if (frame->type == FRAME_JOB_STOP)
+    else if (frame->type == FRAME_JOB_STOP && !stop_waiting(worker, frame->payload))
         worker_job_stop(worker, frame->payload);
-    else
+    else if (frame->type == FRAME_SHUTDOWN)
         worker->shutdown = true;
-    json_decref(frame->payload);
-    free(waiting);
+    free_waiting(waiting);
+    return true;
 }
 
 /* ---- the loop's parts ---- */
@@ -433,10 +466,8 @@ static int run_loop(struct worker *worker)
         if (!busy)
             worker_stream_wait(&worker->stream, milliseconds_to_heartbeat(worker));
         int status = pump(worker);
-        while (!status && worker->waiting_first && !worker->shutdown) {
-            handle_waiting(worker);
+        while (!status && !worker->shutdown && handle_waiting(worker))
             status = pump(worker);
-        }
         if (!status && worker->shutdown)
             return 0;
         if (!status && worker->job.trainer) {
@@ -510,12 +541,8 @@ static void close_worker(struct worker *worker)
     worker_job_abandon(worker);
     loaded_models_free(&worker->models);
     worker_stream_drain(&worker->stream, DRAIN_MS);
-    while (worker->waiting_first) {
-        struct waiting_frame *next = worker->waiting_first->next;
-        json_decref(worker->waiting_first->frame.payload);
-        free(worker->waiting_first);
-        worker->waiting_first = next;
-    }
+    while (worker->waiting_first)
+        free_waiting(unlink_waiting(worker, NULL));
     if (worker->device)
         worker->ops->device_close(worker->device);
     worker_stream_free(&worker->stream);

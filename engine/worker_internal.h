@@ -19,10 +19,12 @@ struct worker_job {
     struct trainer *trainer;
 };
 
-/* A frame that has to wait until no trainer call is under way. */
+/* A frame that has to wait until no trainer call is under way. for_room: a JOB_START that found no memory beside models in
+ * use, and waits until no request runs. */
 struct waiting_frame {
     struct waiting_frame *next;
     struct frame frame;
+    bool for_room;
 };
 
 struct worker {
@@ -61,7 +63,10 @@ void worker_cancel(struct worker *worker, uint64_t id);
 /* Returns false, and has not answered, when it has to read files and may not: in_trainer. */
 bool worker_job_plan(struct worker *worker, uint64_t id, const json_t *payload, bool in_trainer);
 void worker_job_validate(struct worker *worker, uint64_t id, const json_t *payload);
-void worker_job_start(struct worker *worker, const json_t *payload);
+/* Returns false, and has not answered, when there is no room beside the models that requests use. */
+bool worker_job_start(struct worker *worker, const json_t *payload);
+/* A JOB_STOP of a job whose JOB_START still waits for that: answers for it, and returns true. */
+bool worker_job_stop_unstarted(struct worker *worker, const json_t *start, const json_t *stop);
 void worker_job_stop(struct worker *worker, const json_t *payload);
 /* One quantum of the running job. */
 void worker_job_advance(struct worker *worker);

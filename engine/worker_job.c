@@ -286,33 +286,34 @@ static void fail_job(struct worker *worker, const struct error *error)
 }
 
 /* A job that does not become the running one. */
-static void refuse_job(struct worker *worker, const struct job_order *order, const struct error *error)
+static void refuse_job(struct worker *worker, const struct job_order *order, const char *status,
+                       const struct error *error)
 {
     const struct trainer_status none = {0};
     worker_stream_send(
         &worker->stream, FRAME_JOB_ENDED, 0,
-        addressed(order->name, order->attempt, encode_end("failed", false, json_null(), &none, error)));
+        addressed(order->name, order->attempt, encode_end(status, false, json_null(), &none, error)));
 }
 
-void worker_job_start(struct worker *worker, const json_t *payload)
+bool worker_job_start(struct worker *worker, const json_t *payload)
 {
     struct worker_job *job = &worker->job;
     struct job_order order = {0};
     struct error error = {0};
     if (read_address(payload, &order, &error)) {
         log_write(LOG_ERROR, "a job that cannot be addressed", "reason", error.message, NULL);
-        return;
+        return true;
     }
     if (job->trainer) {
         error_set(&error, ERROR_BUSY, "this worker already runs job %s", job->name);
-        refuse_job(worker, &order, &error);
-        return;
+        refuse_job(worker, &order, "failed", &error);
+        return true;
     }
     job->name = strdup(order.name);
     if (!job->name) {
         error_set(&error, ERROR_NO_MEMORY, "no memory for a job");
-        refuse_job(worker, &order, &error);
-        return;
+        refuse_job(worker, &order, "failed", &error);
+        return true;
     }
     int status;
     struct loaded_model *model;
@@ -348,9 +349,28 @@ void worker_job_start(struct worker *worker, const json_t *payload)
         goto failed;
     log_write(LOG_INFO, "job started", "job", job->name, "folder", job->folder, "resume_from",
               order.options.resume_from, NULL);
-    return;
+    return true;
 failed:
+    if (status == ERROR_NO_MEMORY && !loaded_models_idle(&worker->models)) {
+        log_write(LOG_INFO, "a job waits for room", "job", job->name, "reason", error.message, NULL);
+        worker_job_abandon(worker);
+        return false;
+    }
     fail_job(worker, &error);
+    return true;
+}
+
+bool worker_job_stop_unstarted(struct worker *worker, const json_t *start, const json_t *stop)
+{
+    struct job_order started = {0}, stopped = {0};
+    struct error error = {0};
+    const char *reason;
+    if (read_address(start, &started, &error) || read_address(stop, &stopped, &error) ||
+        field_string(stop, "reason", &reason, &error) || strcmp(started.name, stopped.name) ||
+        started.attempt != stopped.attempt)
+        return false;
+    refuse_job(worker, &started, strcmp(reason, "pause") ? "cancelled" : "paused", NULL);
+    return true;
 }
 
 void worker_job_stop(struct worker *worker, const json_t *payload)

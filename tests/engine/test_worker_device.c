@@ -203,6 +203,47 @@ static void test_a_model_without_room_beside_a_job_waits(void **state)
     peer_stop(&peer);
 }
 
+/* A job that has no room beside a model in use waits until nobody uses it any more; it may be stopped before. */
+static void test_a_job_waits_for_models_in_use(void **state)
+{
+    (void)state;
+    struct peer peer;
+    char data[128];
+    int64_t planned;
+    write_examples("train.jsonl", data);
+    peer_start(&peer);
+    int64_t most = run_job(&peer, "lonely", data, &planned);
+    peer_stop(&peer);
+
+    for (int stopped = 0; stopped < 2; stopped++) {
+        struct job_report report = {0};
+        bool answered = false, waited = false;
+        peer_start_small(&peer, most + (1 << 20));
+        json_t *request = complete_json("The dog", 200, true);
+        json_object_set_new(request, "model", folder_json("twin", model_folder));
+        json_object_set_new(request, "ignore_eos", json_true());
+        peer_send(&peer, FRAME_COMPLETE, 7, request);
+        peer_send(&peer, FRAME_JOB_START, 0, start_json("patient", data, NULL));
+        if (stopped)
+            peer_send(&peer, FRAME_JOB_STOP, 0,
+                      json_pack("{s:s, s:i, s:s}", "job", "patient", "attempt", 1, "reason", "cancel"));
+        for (bool more = true; more || !answered;) {
+            struct frame frame = peer_receive(&peer);
+            if (frame.id == 7)
+                answered |= frame.type != FRAME_CHUNK;
+            else
+                more = job_report_add(&report, &frame, "patient");
+            waited |= answered && more;
+            if (frame.id == 7 && frame.type == FRAME_FAILED)
+                fail_msg("%s", text_of(frame.payload, "message"));
+            json_decref(frame.payload);
+        }
+        assert_string_equal(report.status, stopped ? "cancelled" : "succeeded");
+        assert_true(stopped || waited);
+        peer_stop(&peer);
+    }
+}
+
 /* ---- faults ---- */
 
 enum { FAULTY_STEP = 6 };
@@ -291,6 +332,7 @@ int main(void)
         cmocka_unit_test(test_what_cannot_fit_is_told_beforehand),
         cmocka_unit_test(test_idle_models_make_room_for_a_job),
         cmocka_unit_test(test_a_model_without_room_beside_a_job_waits),
+        cmocka_unit_test(test_a_job_waits_for_models_in_use),
         cmocka_unit_test(test_a_lost_device_ends_it),
         cmocka_unit_test(test_memory_that_runs_out_ends_it),
         cmocka_unit_test(test_a_device_that_does_not_open_is_told),

@@ -156,7 +156,7 @@ static struct cost cost_linear_backward(const struct linear_backward_args *a)
         flop += 2 * rows * rank * (in + out) + (a->dx ? 0 : 2 * rows * rank * out);
     if (a->dweight) {
         flop += 2 * rows * in * out;
-        bytes += 2 * in * out * sizeof(float);
+        bytes += (a->overwrite ? 1 : 2) * in * out * sizeof(float);
     }
     if (a->da || a->dweight)
         bytes += rows * (in + rank) * size;
