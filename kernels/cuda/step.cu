@@ -5,12 +5,12 @@
  * numbers of rows, with adapters and without. The first step of a kind is launched kernel by kernel, which also lets
  * libraries load what they need; the second is captured. A plan whose weights or buffers are no longer there is never
  * found again and goes when others need its place. */
-#include "kernels/cuda/step.cuh"
+#include "kernels/cuda/step_wide.cuh"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { PLANS = 8, FEW_ROWS = 8, BUCKETS = 4 /* of 8, 16, 32, 64 rows */, ALIGNMENT = 256 };
+enum { PLANS = 8, FEW_ROWS = 8, BUCKETS = 6 /* of 8, 16, 32, 64, 128, 256 rows */, ALIGNMENT = 256 };
 
 struct graph_slot {
     cudaGraphExec_t exec;
@@ -29,8 +29,9 @@ struct step_plan {
 struct cuda_steps {
     struct step_plan *plans[PLANS];
     uint64_t uses;
-    struct step_header *header; /* pinned */
-    cudaEvent_t read;           /* behind the last step that reads it */
+    struct step_header *header; /* pinned, as is the one for many rows */
+    struct step_wide_header *wide_header;
+    cudaEvent_t read; /* behind the last step that reads either */
 };
 
 /* ---- buffers ---- */
@@ -75,7 +76,8 @@ static struct step_buffers lay_out(const struct mamba_step_args *a, void *worksp
 
 int64_t cuda_mamba_step_workspace(const struct mamba_step_args *a)
 {
-    return lay_out(a, NULL).bytes;
+    int64_t few = lay_out(a, NULL).bytes, many = step_wide_workspace(a);
+    return few > many ? few : many;
 }
 
 /* ---- the chain ---- */
@@ -198,37 +200,15 @@ static int emit_head(const struct chain *chain, struct step_parts squares)
     return step_launch_linear(chain->device, STEP_MODE_HEAD, &head, chain->rows);
 }
 
-/* Many rows: behind the graph, whose bucket may have more rows than the caller's buffers. */
-static int run_head(struct kernel_device *device, const struct mamba_step_args *a,
-                    const struct step_buffers *b)
-{
-    struct step_norm norm = {};
-    norm.d = (int)a->d_model;
-    norm.eps = a->eps;
-    norm.r = b->r;
-    norm.norm = a->norm_f;
-    norm.hidden = (step_type *)a->hidden;
-    int status = step_launch_norm(device, &norm, (int)a->rows);
-    struct gemm_args product = {};
-    product.m = a->rows;
-    product.n = a->vocab;
-    product.k = a->d_model;
-    product.transpose_b = true;
-    product.alpha = 1.0f;
-    product.a = a->hidden;
-    product.a_stride = product.b_stride = a->d_model;
-    product.b = a->head;
-    product.c = a->logits;
-    product.c_stride = a->vocab;
-    product.act = product.b_type = a->type;
-    product.c_type = TYPE_F32;
-    return status == KERNEL_OK ? cuda_gemm(device, &product) : status;
-}
-
 static int emit_chain(const struct chain *chain)
 {
     const struct mamba_step_args *a = chain->a;
     const struct step_buffers *b = &chain->b;
+    if (chain->rows > FEW_ROWS) {
+        struct step_wide wide = {a, chain->device->steps->wide_header, chain->table, a->workspace,
+                                 chain->rows};
+        return step_wide_emit(chain->device, &wide);
+    }
     struct step_embed embed = {};
     embed.from = chain->device->steps->header;
     embed.header = b->header;
@@ -248,7 +228,7 @@ static int emit_chain(const struct chain *chain)
         status = emit_layer(chain, layer, squares, u_in);
         squares.count = u_in.count = step_linear_tiles(STEP_MODE_OUT, a->d_model, chain->rows);
     }
-    return status == KERNEL_OK && chain->rows == FEW_ROWS ? emit_head(chain, squares) : status;
+    return status == KERNEL_OK ? emit_head(chain, squares) : status;
 }
 
 /* ---- plans ---- */
@@ -346,6 +326,9 @@ static int steps_open(struct kernel_device *device)
     int status =
         cuda_check(device, cudaMallocHost((void **)&device->steps->header, sizeof(struct step_header)));
     if (status == KERNEL_OK)
+        status = cuda_check(
+            device, cudaMallocHost((void **)&device->steps->wide_header, sizeof(struct step_wide_header)));
+    if (status == KERNEL_OK)
         status = cuda_check(device, cudaEventCreateWithFlags(&device->steps->read, cudaEventDisableTiming));
     if (status != KERNEL_OK)
         cuda_steps_close(device);
@@ -362,6 +345,7 @@ void cuda_steps_close(struct kernel_device *device)
     if (steps->read != NULL)
         (void)cudaEventDestroy(steps->read);
     (void)cudaFreeHost(steps->header);
+    (void)cudaFreeHost(steps->wide_header);
     free(steps);
     device->steps = NULL;
 }
@@ -394,7 +378,7 @@ static bool adapter_supported(const struct mamba_step_args *a, const struct mamb
 
 static bool supported(const struct mamba_step_args *a)
 {
-    if (a->type != TYPE_BF16 || a->rows > STEP_ROWS || a->n_adapters > STEP_ADAPTERS ||
+    if (a->type != TYPE_BF16 || a->rows > STEP_WIDE_ROWS || a->n_adapters > STEP_ADAPTERS ||
         a->d_state != STEP_STATE || a->d_conv != STEP_CONV || a->d_model % 32 != 0 || a->d_inner % 32 != 0 ||
         a->dt_rank % 8 != 0 || a->dt_rank > STEP_DT_RANK || a->slot_stride % 4 != 0 || a->d_model > 1 << 14 ||
         a->d_inner > 1 << 15 || a->vocab > 1 << 24 || !aligned(a->embedding) || !aligned(a->head) ||
@@ -454,7 +438,7 @@ static int send_adapters(struct kernel_device *device, const struct mamba_step_a
 }
 
 /* Returns whether any row has an adapter. */
-static bool fill_header(const struct mamba_step_args *a, struct step_header *header)
+template <typename Header> static bool fill_header(const struct mamba_step_args *a, Header *header)
 {
     header->rows = (int32_t)a->rows;
     header->rank = 0;
@@ -529,7 +513,8 @@ int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *
     status = cuda_check(device, cudaEventSynchronize(device->steps->read));
     if (status != KERNEL_OK)
         return status;
-    if (fill_header(a, device->steps->header)) {
+    if (chain.rows > FEW_ROWS ? fill_header(a, device->steps->wide_header)
+                              : fill_header(a, device->steps->header)) {
         chain.table = plan->table;
         status = send_adapters(device, a, plan);
     }
@@ -537,7 +522,5 @@ int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *
         status = run_chain(&chain, &plan->graphs[bucket][chain.table != NULL]);
     if (status == KERNEL_OK)
         status = cuda_check(device, cudaEventRecord(device->steps->read, device->stream));
-    if (status == KERNEL_OK && chain.rows > FEW_ROWS)
-        status = run_head(device, a, &chain.b);
     return status;
 }

@@ -120,18 +120,10 @@ struct step_scan {
     struct step_parts next_u;
 };
 
-struct step_norm {
-    int d;
-    float eps;
-    const float *r, *norm;
-    step_type *hidden;
-};
-
-/* rows: room for that many, 8, 16, 32 or 64; step_launch_norm takes any number, and is not part of a chain. */
+/* rows: room for that many. */
 int step_launch_embed(struct kernel_device *device, const struct step_embed *p, int rows);
 int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p, int rows);
 int step_launch_scan(struct kernel_device *device, const struct step_scan *p, int rows);
-int step_launch_norm(struct kernel_device *device, const struct step_norm *p, int rows);
 /* How many parts a product of that mode with m outputs makes. */
 int step_linear_tiles(enum step_mode mode, int64_t m, int rows);
 

@@ -1,5 +1,4 @@
-/* step_scan.cu: what of mamba_step is no product over the whole width: the embeddings, dt with the step of the state, and
- * the final norm.
+/* step_scan.cu: what of mamba_step is no product over the whole width: the embeddings, and dt with the step of the state.
  *
  * A block of the scan has STEP_SCAN_CHANNELS channels of 8 sequences, one to a warp; a lane has 4 channels of 4 of the
  * 16 states. dt_proj is small enough for two of the warps to do with the tensor cores. */
@@ -273,20 +272,6 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
 #endif
 }
 
-/* ---- final norm ---- */
-
-static __global__ void __launch_bounds__(STEP_THREADS) norm_kernel(const __grid_constant__ struct step_norm p)
-{
-    const int n = blockIdx.x;
-    const float *r = p.r + (int64_t)n * p.d;
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < p.d; i += STEP_THREADS)
-        squares = fmaf(r[i], r[i], squares);
-    float scale = rsqrtf(block_sum<STEP_THREADS>(squares) / (float)p.d + p.eps);
-    for (int i = threadIdx.x; i < p.d; i += STEP_THREADS)
-        p.hidden[(int64_t)n * p.d + i] = from_float<step_type>(r[i] * scale * p.norm[i]);
-}
-
 /* ---- launch ---- */
 
 int step_launch_embed(struct kernel_device *device, const struct step_embed *p, int rows)
@@ -299,9 +284,4 @@ int step_launch_scan(struct kernel_device *device, const struct step_scan *p, in
 {
     dim3 grid((unsigned)(p->inner / STEP_SCAN_CHANNELS), (unsigned)(rows / SEQUENCES));
     return step_launch(device, scan_kernel, grid, STEP_THREADS, 0, 1, true, *p);
-}
-
-int step_launch_norm(struct kernel_device *device, const struct step_norm *p, int rows)
-{
-    return step_launch(device, norm_kernel, dim3((unsigned)rows), STEP_THREADS, 0, 1, false, *p);
 }

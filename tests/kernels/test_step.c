@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-enum { STATE = 16, WIDTH = 4, LAYERS = 2, STEPS = 3, ADAPTERS = 3, SPARE_SLOTS = 3 };
+enum { STATE = 16, WIDTH = 4, LAYERS = 2, STEPS = 3, ADAPTERS = 3, SPARE_SLOTS = 3, ROWS_MOST = 256 };
 
 /* Activations are rounded to bf16 five times a layer; the states and the residual stream are fp32. */
 #define STEP_ERROR 1e-4
@@ -210,7 +210,7 @@ static void reference_layer(const struct step_model *model, int layer, const str
     const struct shape *s = &model->shape;
     const struct mamba_step_layer *l = &model->layers[layer];
     const int64_t rows = a->rows, width = s->r + 2 * STATE;
-    int32_t starts[65];
+    int32_t starts[ROWS_MOST + 1];
     for (int32_t i = 0; i <= rows; i++)
         starts[i] = i;
     float *states = b->states + layer * (WIDTH - 1 + STATE) * s->c;
@@ -339,7 +339,7 @@ static void run_steps(const struct step_model *model, int64_t rows, const int32_
                         zeroed(rows * s->c),
                         zeroed(rows * s->c),
                         zeroed(rows * s->d)};
-    int32_t ids[64], slot_of[64];
+    int32_t ids[ROWS_MOST], slot_of[ROWS_MOST];
     struct mamba_step_args a = {.rows = rows,
                                 .d_model = s->d,
                                 .d_inner = s->c,
@@ -410,7 +410,7 @@ static void check_shape(const struct shape *shape, const int64_t *rows, int n_ro
     struct step_model *model = make_model(shape);
     for (int i = 0; i < n_rows; i++)
         for (int mix = 0; mix < 3; mix++) { /* the base, one adapter, all of them and the base */
-            int32_t row_adapters[64];
+            int32_t row_adapters[ROWS_MOST];
             for (int32_t n = 0; n < rows[i]; n++)
                 row_adapters[n] = mix == 1 ? 0 : (n * 5 + 1) % (ADAPTERS + 1) - 1;
             size_t count = (size_t)(rows[i] * shape->vocab);
@@ -427,9 +427,9 @@ static void check_shape(const struct shape *shape, const int64_t *rows, int n_ro
 static void test_small(void **state)
 {
     (void)state;
-    const int64_t rows[] = {1, 2, 3, 8, 9, 17, 33, 64};
-    check_shape(&(struct shape){96, 192, 8, 77, true}, rows, 8);
-    check_shape(&(struct shape){256, 512, 16, 1001, false}, rows, 8);
+    const int64_t rows[] = {1, 2, 3, 8, 9, 17, 33, 64, 65, 130, 256};
+    check_shape(&(struct shape){96, 192, 8, 77, true}, rows, 11);
+    check_shape(&(struct shape){256, 512, 16, 1001, false}, rows, 9);
 }
 
 static void test_large(void **state)
@@ -445,7 +445,7 @@ static void test_unsupported(void **state)
 {
     (void)state;
     struct step_model *model = make_model(&(struct shape){64, 128, 8, 10, false});
-    int32_t ids[65] = {0}, slots[65] = {0};
+    int32_t ids[ROWS_MOST + 1] = {0}, slots[ROWS_MOST + 1] = {0};
     struct mamba_step_args good = {.rows = 1,
                                    .d_model = 64,
                                    .d_inner = 128,
@@ -462,7 +462,7 @@ static void test_unsupported(void **state)
     a.type = TYPE_F32;
     assert_int_equal(cuda->mamba_step(device, &a), KERNEL_UNSUPPORTED);
     a = good;
-    a.rows = 65;
+    a.rows = ROWS_MOST + 1;
     assert_int_equal(cuda->mamba_step(device, &a), KERNEL_UNSUPPORTED);
     a = good;
     a.dt_rank = 12;

@@ -1,0 +1,96 @@
+/* step_wide.cuh: inside of mamba_step where there are many rows: more than 8, up to STEP_WIDE_ROWS.
+ *
+ * The chain of step.cuh with kernels of other shapes: with 64 rows a product is no longer reading its weights alone, so
+ * the copy engine brings weights and rows and the matrix product of a warpgroup multiplies them; a block of the scan
+ * copies its sequences' states to shared memory long before its turn. Rows are taken 64 at a time. */
+#ifndef KERNELS_CUDA_STEP_WIDE_CUH
+#define KERNELS_CUDA_STEP_WIDE_CUH
+
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/step.cuh"
+
+enum {
+    STEP_WIDE_ROWS = 256,
+    STEP_WIDE_GROUP = 64, /* rows of a block of a product */
+};
+
+struct step_wide_header {
+    int32_t rows, rank, main; /* as step_header */
+    int32_t ids[STEP_WIDE_ROWS], slots[STEP_WIDE_ROWS], adapters[STEP_WIDE_ROWS];
+};
+
+/* Sums over a row in parts: [part][rows], or [part][rows][STEP_RANK]. Arrays of rows have room for `rows` of them. */
+struct step_wide_linear {
+    CUtensorMap weight, x; /* [m,k] and [rows,k] */
+    const struct step_wide_header *header;
+    int rows, m, k;
+    int splits, stages,
+        parts;  /* step_wide_linear_launch sets these; parts: where in shared memory they begin */
+    bool first; /* of the chain: the header is not there before the wait */
+    float eps;
+    const float *bias; /* [m] or NULL */
+    const struct step_lora *lora, *next_lora;
+    struct step_parts squares, u, next_squares, next_u;
+    /* IN */
+    int inner;
+    const float *conv, *conv_bias;
+    float *states; /* of this layer: [slot][STEP_CONV-1][inner] */
+    int64_t slot_stride;
+    step_type *xc;
+    float *z;
+    /* X, HEAD */
+    float *y; /* [rows,m] */
+    /* OUT; HEAD reads r and writes the hidden states to h */
+    float *r;
+    const float *norm;
+    step_type *h;
+};
+
+struct step_wide_embed {
+    const struct step_wide_header *from; /* pinned host memory */
+    struct step_wide_header *header;
+    const step_type *table;
+    int d;
+    int64_t vocab;
+    const float *norm;
+    const struct step_lora *lora, *next_lora;
+    float *r;
+    step_type *h;
+    struct step_parts next_squares, next_u; /* one part */
+};
+
+struct step_wide_scan {
+    const struct step_wide_header *header;
+    int rows, inner, rank, width;
+    const step_type *dt_proj;
+    const float *a, *d, *dt_bias;
+    float *states;
+    int64_t slot_stride;
+    const step_type *xc;
+    const float *x_dbl, *z;
+    step_type *y;
+    const struct step_lora *lora;
+    struct step_parts next_u;
+};
+
+/* A chain: what emits it is handed. */
+struct step_wide {
+    const struct mamba_step_args *args;
+    const struct step_wide_header *from; /* pinned */
+    const struct step_lora *table;       /* [n_layers+1][STEP_ADAPTERS] or NULL */
+    void *workspace;
+    int rows; /* room for so many: 16, 32, 64, 128 or 256 */
+};
+
+int64_t step_wide_workspace(const struct mamba_step_args *a);
+int step_wide_emit(struct kernel_device *device, const struct step_wide *chain);
+int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p, int rows);
+int step_wide_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p);
+int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_scan *p);
+/* The outputs of a block of a product of that mode with m of them; the parts that the first `fed` of those make, and the
+ * scan's. */
+int step_wide_linear_outputs(enum step_mode mode, int64_t m);
+int step_wide_linear_parts(enum step_mode mode, int64_t fed, int64_t m);
+int step_wide_scan_parts(int64_t inner);
+
+#endif

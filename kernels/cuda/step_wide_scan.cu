@@ -1,0 +1,379 @@
+/* step_wide_scan.cu: what of mamba_step for many rows is no product over the whole width: the embeddings, and dt with the
+ * step of the state.
+ *
+ * A block of the scan has STEP_SCAN_CHANNELS channels and takes its sequences 8 at a time, one to a warp; a lane has 4
+ * channels of 4 of the 16 states. States travel through a ring of stages in shared memory, the first of them before the
+ * wait for the kernel in front, so that they are there when the turn comes. dt_proj's rows of the block stay in
+ * registers. */
+#include "kernels/cuda/step_wide.cuh"
+#include "kernels/cuda/vector.cuh"
+
+enum {
+    CHANNELS = STEP_SCAN_CHANNELS,
+    WARPS = STEP_THREADS / WARP,
+    SEQUENCES = 8, /* at a time; columns of the tensor cores */
+    LANE_STATES = 4,
+    LANE_CHANNELS = 4,
+    DT_WARPS = WARPS / (CHANNELS / 16), /* share dt_low */
+    DT_BLOCKS = 2,                      /* of 32 elements of it, a warp */
+    PAD = 4,                            /* floats behind a row of x_dbl */
+};
+static_assert(DT_WARPS * DT_BLOCKS * 32 == STEP_DT_RANK, "");
+static_assert(WARPS == SEQUENCES, "a warp a sequence");
+static_assert(STEP_STATE / LANE_STATES * (CHANNELS / LANE_CHANNELS) == WARP, "a warp's lanes");
+
+/* ---- embeddings ---- */
+
+static __global__ void __launch_bounds__(STEP_THREADS)
+    wide_embed_kernel(const __grid_constant__ struct step_wide_embed p)
+{
+    extern __shared__ float h_row[]; /* [d] */
+    const int n = blockIdx.x, rows = p.from->rows, id = p.from->ids[n], adapter = p.from->adapters[n];
+    if (threadIdx.x == 0) {
+        p.header->ids[n] = id;
+        p.header->slots[n] = p.from->slots[n];
+        p.header->adapters[n] = adapter;
+        if (n == 0) {
+            p.header->rows = rows;
+            p.header->rank = p.from->rank;
+            p.header->main = p.from->main;
+        }
+    }
+    if (n >= rows)
+        return;
+    const struct step_lora *lora = p.lora != NULL && adapter >= 0 ? &p.lora[adapter] : NULL;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < p.d; i += STEP_THREADS) {
+        float v = to_float(p.table[(int64_t)id * p.d + i]);
+        if (lora != NULL && lora->a[STEP_IN] != NULL) {
+            float sum = 0.0f;
+            for (int j = 0; j < lora->rank; j++)
+                sum = fmaf(lora->b[STEP_IN][(int64_t)i * lora->rank + j],
+                           lora->a[STEP_IN][(int64_t)j * p.vocab + id], sum);
+            v = fmaf(lora->scale, sum, v);
+        }
+        p.r[(int64_t)n * p.d + i] = v;
+        step_type h = from_float<step_type>(v * p.norm[i]);
+        p.h[(int64_t)n * p.d + i] = h;
+        h_row[i] = to_float(h);
+        squares = fmaf(v, v, squares);
+    }
+    squares = block_sum<STEP_THREADS>(squares);
+    if (threadIdx.x == 0)
+        p.next_squares.values[n] = squares;
+    if (p.next_lora == NULL || adapter < 0 || p.next_lora[adapter].a[STEP_IN] == NULL)
+        return;
+    __syncthreads();
+    const struct step_lora &next = p.next_lora[adapter];
+    for (int j = threadIdx.x / WARP; j < next.rank; j += WARPS) {
+        float sum = 0.0f;
+        for (int i = threadIdx.x % WARP; i < p.d; i += WARP)
+            sum = fmaf(h_row[i], next.a[STEP_IN][(int64_t)j * p.d + i], sum);
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0)
+            p.next_u.values[(int64_t)n * STEP_RANK + j] = sum;
+    }
+}
+
+/* ---- scan ---- */
+
+static __device__ __forceinline__ float4 load4(const float *p)
+{
+    return *reinterpret_cast<const float4 *>(p);
+}
+
+/* 8 floats, rounded. */
+static __device__ __forceinline__ uint4 load_rounded(const float *p)
+{
+    float v[8];
+    *reinterpret_cast<float4 *>(&v[0]) = load4(p);
+    *reinterpret_cast<float4 *>(&v[4]) = load4(p + 4);
+    union {
+        uint4 packed;
+        __nv_bfloat162 pairs[4];
+    } out;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        out.pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+    return out.packed;
+}
+
+/* What of 8 sequences is in shared memory. */
+struct stage {
+    float states[SEQUENCES][STEP_STATE][CHANNELS];
+    float z[SEQUENCES][CHANNELS];
+    step_type xc[SEQUENCES][CHANNELS];
+    float x_dbl[]; /* [SEQUENCES][width + PAD] */
+};
+
+static __host__ __device__ inline size_t stage_bytes(int width)
+{
+    return sizeof(struct stage) + (size_t)(SEQUENCES * (width + PAD)) * sizeof(float);
+}
+
+/* A warp's own sequence: its states. */
+static __device__ __forceinline__ void copy_states(const struct step_wide_scan &p, struct stage *to, int n,
+                                                   int first)
+{
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const float *from = p.states + p.header->slots[n] * p.slot_stride + first + lane % 8 * 4;
+#pragma unroll
+    for (int i = lane / 8; i < STEP_STATE; i += 4)
+        step_copy(&to->states[warp][i][lane % 8 * 4], from + (int64_t)i * p.inner);
+}
+
+/* And what the kernels in front made. */
+static __device__ __forceinline__ void copy_inputs(const struct step_wide_scan &p, struct stage *to, int n,
+                                                   int first)
+{
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float *x_dbl = to->x_dbl + warp * (p.width + PAD);
+    for (int i = lane * 4; i < p.width; i += WARP * 4)
+        step_copy(x_dbl + i, p.x_dbl + (int64_t)n * p.width + i);
+    if (lane < 8)
+        step_copy(&to->z[warp][lane * 4], p.z + (int64_t)n * p.inner + first + lane * 4);
+    else if (lane < 12)
+        step_copy(&to->xc[warp][(lane - 8) * 8], p.xc + (int64_t)n * p.inner + first + (lane - 8) * 8);
+}
+
+static __device__ __forceinline__ void copies_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int PENDING> static __device__ __forceinline__ void copies_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* The adapter's part of dt for this lane's channels. */
+static __device__ __forceinline__ void add_low_rank(const struct step_lora &lora, const float *x_dbl,
+                                                    int dt_rank, int channel, float (&dt)[LANE_CHANNELS])
+{
+    const int lane = threadIdx.x % WARP;
+    for (int first = 0; first < lora.rank; first += 8) { /* 8 ranks at once, 4 lanes each */
+        float u = 0.0f;
+        if (first + lane / 4 < lora.rank) {
+            const float *factor = lora.a[STEP_DT] + (first + lane / 4) * dt_rank;
+#pragma unroll 4
+            for (int i = lane % 4 * 4; i < dt_rank; i += 16) {
+                float4 low = load4(x_dbl + i), f = load4(factor + i);
+                u += low.x * f.x + low.y * f.y + low.z * f.z + low.w * f.w;
+            }
+        }
+        u += __shfl_xor_sync(0xffffffffu, u, 1);
+        u += __shfl_xor_sync(0xffffffffu, u, 2);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float one = lora.scale * __shfl_sync(0xffffffffu, u, 4 * j);
+            if (first + j < lora.rank) {
+#pragma unroll
+                for (int i = 0; i < LANE_CHANNELS; i++)
+                    dt[i] = fmaf(one, lora.b[STEP_DT][(int64_t)(channel + i) * lora.rank + first + j], dt[i]);
+            }
+        }
+    }
+}
+
+template <int STAGES>
+static __global__ void __launch_bounds__(STEP_THREADS, 3)
+    wide_scan_kernel(const __grid_constant__ struct step_wide_scan p)
+{
+#if STEP_HOPPER
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ float dts[DT_WARPS][SEQUENCES][CHANNELS + 4];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+    const int first = blockIdx.x * CHANNELS;
+    const int quad = lane % (CHANNELS / LANE_CHANNELS) * LANE_CHANNELS, channel = first + quad;
+    const int state_group = lane / (CHANNELS / LANE_CHANNELS), state0 = state_group * LANE_STATES;
+    step_release();
+
+    const int rows = p.header->rows, groups = p.rows / SEQUENCES;
+    const int begin = groups * (int)blockIdx.y / (int)gridDim.y,
+              end = min(groups * ((int)blockIdx.y + 1) / (int)gridDim.y, (rows + SEQUENCES - 1) / SEQUENCES);
+    if (begin >= end)
+        return;
+    const size_t bytes = stage_bytes(p.width);
+    auto stage_of = [&](int i) {
+        return reinterpret_cast<struct stage *>(memory + (size_t)((i - begin) % STAGES) * bytes);
+    };
+
+    /* What the chain does not write. */
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) {
+        int n = (begin + i) * SEQUENCES + warp;
+        if (begin + i < end && n < rows)
+            copy_states(p, stage_of(begin + i), n, first);
+        copies_commit();
+    }
+    uint4 weights[DT_BLOCKS][2];
+    /* This warp's share of dt: 16 channels, and every DT_WARPS-th block of 32 elements of dt_low. */
+    const int dt_channels = warp % (CHANNELS / 16) * 16, dt_share = warp / (CHANNELS / 16);
+    const step_type *weight = p.dt_proj + (int64_t)(first + dt_channels + g) * p.rank;
+#pragma unroll
+    for (int i = 0; i < DT_BLOCKS; i++) {
+        int at = (dt_share + i * DT_WARPS) * 32 + q * 8;
+        weights[i][0] = at < p.rank ? step_load_weight(weight + at) : make_uint4(0, 0, 0, 0);
+        weights[i][1] =
+            at < p.rank ? step_load_weight(weight + at + 8 * (int64_t)p.rank) : make_uint4(0, 0, 0, 0);
+    }
+    float rate[LANE_STATES][LANE_CHANNELS];
+#pragma unroll
+    for (int i = 0; i < LANE_STATES; i++) {
+        *reinterpret_cast<float4 *>(rate[i]) = load4(p.a + (int64_t)(state0 + i) * p.inner + channel);
+#pragma unroll
+        for (int j = 0; j < LANE_CHANNELS; j++)
+            rate[i][j] *= LOG2_E;
+    }
+    const float4 bias = load4(p.dt_bias + channel), skip = load4(p.d + channel);
+
+    step_wait();
+
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) {
+        int n = (begin + i) * SEQUENCES + warp;
+        if (begin + i < end && n < rows)
+            copy_inputs(p, stage_of(begin + i), n, first);
+        copies_commit();
+    }
+    for (int at = begin; at < end; at++) {
+        const int n = at * SEQUENCES + warp;
+        const bool live = n < rows;
+        struct stage *in = stage_of(at);
+        copies_wait<STAGES - 1>();
+        __syncthreads();
+
+        /* dt of the block's channels and these sequences. */
+        float acc[4] = {};
+        const float *low = in->x_dbl + g * (p.width + PAD);
+#pragma unroll
+        for (int i = 0; i < DT_BLOCKS; i++) {
+            int k = (dt_share + i * DT_WARPS) * 32 + q * 8;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (at * SEQUENCES + g < rows && k < p.rank)
+                v = load_rounded(low + k);
+            step_multiply_32(acc, weights[i][0], weights[i][1], v);
+        }
+        dts[dt_share][2 * q][dt_channels + g] = acc[0];
+        dts[dt_share][2 * q + 1][dt_channels + g] = acc[1];
+        dts[dt_share][2 * q][dt_channels + g + 8] = acc[2];
+        dts[dt_share][2 * q + 1][dt_channels + g + 8] = acc[3];
+        __syncthreads();
+
+        if (live) {
+            const float *x_dbl = in->x_dbl + warp * (p.width + PAD);
+            const int adapter = p.lora != NULL ? p.header->adapters[n] : -1;
+            const struct step_lora *lora = adapter >= 0 ? &p.lora[adapter] : NULL;
+            float dt[LANE_CHANNELS], x[LANE_CHANNELS], y[LANE_CHANNELS] = {};
+            *reinterpret_cast<float4 *>(dt) = bias;
+#pragma unroll
+            for (int share = 0; share < DT_WARPS; share++) {
+                float4 part = load4(&dts[share][warp][quad]);
+                dt[0] += part.x, dt[1] += part.y, dt[2] += part.z, dt[3] += part.w;
+            }
+            if (lora != NULL && lora->b[STEP_DT] != NULL) /* a warp's sequence has one adapter */
+                add_low_rank(*lora, x_dbl, p.rank, channel, dt);
+            union {
+                uint2 raw;
+                step_type v[LANE_CHANNELS];
+            } rounded;
+            rounded.raw = *reinterpret_cast<const uint2 *>(&in->xc[warp][quad]);
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; i++) {
+                x[i] = to_float(rounded.v[i]);
+                dt[i] = softplus(dt[i]);
+            }
+            float b[LANE_STATES], c[LANE_STATES];
+            *reinterpret_cast<float4 *>(b) = load4(x_dbl + p.rank + state0);
+            *reinterpret_cast<float4 *>(c) = load4(x_dbl + p.rank + STEP_STATE + state0);
+            float *state = p.states + p.header->slots[n] * p.slot_stride + channel;
+#pragma unroll
+            for (int s = 0; s < LANE_STATES; s++) {
+                float h[LANE_CHANNELS];
+                *reinterpret_cast<float4 *>(h) = load4(&in->states[warp][state0 + s][quad]);
+#pragma unroll
+                for (int i = 0; i < LANE_CHANNELS; i++) {
+                    h[i] = fmaf(exp2_fast(dt[i] * rate[s][i]), h[i], dt[i] * b[s] * x[i]);
+                    y[i] = fmaf(c[s], h[i], y[i]);
+                }
+                *reinterpret_cast<float4 *>(state + (int64_t)(state0 + s) * p.inner) =
+                    *reinterpret_cast<float4 *>(h);
+            }
+            const float4 z = load4(&in->z[warp][quad]);
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; i++) {
+                y[i] += __shfl_xor_sync(0xffffffffu, y[i], 8);
+                y[i] += __shfl_xor_sync(0xffffffffu, y[i], 16);
+                float gate = silu(reinterpret_cast<const float *>(&z)[i]);
+                rounded.v[i] =
+                    from_float<step_type>(fmaf(reinterpret_cast<const float *>(&skip)[i], x[i], y[i]) * gate);
+            }
+            if (state_group == 0)
+                *reinterpret_cast<uint2 *>(p.y + (int64_t)n * p.inner + channel) = rounded.raw;
+            if (lora != NULL && lora->a[STEP_OUT] != NULL) { /* the groups share the ranks */
+                for (int j = state_group; j < (lora->rank + 3) / 4 * 4; j += 4) {
+                    float sum = 0.0f;
+                    if (j < lora->rank) {
+                        float4 a = load4(lora->a[STEP_OUT] + (int64_t)j * p.inner + channel);
+                        sum = to_float(rounded.v[0]) * a.x + to_float(rounded.v[1]) * a.y +
+                              to_float(rounded.v[2]) * a.z + to_float(rounded.v[3]) * a.w;
+                    }
+                    for (int step = 1; step < 8; step *= 2)
+                        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+                    if (quad == 0 && j < lora->rank)
+                        p.next_u.values[((int64_t)blockIdx.x * p.rows + n) * STEP_RANK + j] = sum;
+                }
+            }
+        }
+        __syncthreads(); /* the stage has been read */
+        const int next = at + STAGES, next_n = next * SEQUENCES + warp;
+        if (next < end && next_n < rows) {
+            copy_states(p, stage_of(next), next_n, first);
+            copy_inputs(p, stage_of(next), next_n, first);
+        }
+        copies_commit();
+    }
+#endif
+}
+
+/* ---- launch ---- */
+
+int step_wide_scan_parts(int64_t inner)
+{
+    return (int)(inner / CHANNELS);
+}
+
+int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p, int rows)
+{
+    return step_launch(device, wide_embed_kernel, dim3((unsigned)rows), STEP_THREADS,
+                       (size_t)p->d * sizeof(float), 1, false, *p);
+}
+
+template <int STAGES>
+static int launch(struct kernel_device *device, const struct step_wide_scan *p, int splits)
+{
+    const size_t shared = STAGES * stage_bytes(p->width);
+    int status =
+        cuda_check(device, cudaFuncSetAttribute(wide_scan_kernel<STAGES>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    if (status != KERNEL_OK)
+        return status;
+    return step_launch(device, wide_scan_kernel<STAGES>,
+                       dim3((unsigned)(p->inner / CHANNELS), (unsigned)splits), STEP_THREADS, shared, 1, true,
+                       *p);
+}
+
+/* As many blocks as fit the device at once. */
+int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_scan *p)
+{
+    const int groups = p->rows / SEQUENCES, columns = p->inner / CHANNELS;
+    int splits = device->multiprocessors * 3 / columns;
+    splits = splits < 1 ? 1 : splits > groups ? groups : splits;
+    switch (divide_up(groups, splits)) {
+    case 1:
+        return launch<1>(device, p, splits);
+    case 2:
+        return launch<2>(device, p, splits);
+    default:
+        return launch<3>(device, p, splits);
+    }
+}
