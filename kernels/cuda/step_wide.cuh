@@ -24,9 +24,9 @@ struct step_wide_linear {
     CUtensorMap weight, x; /* [m,k] and [rows,k] */
     const struct step_wide_header *header;
     int rows, m, k;
-    int splits, stages,
-        parts;  /* step_wide_linear_launch sets these; parts: where in shared memory they begin */
-    bool first; /* of the chain: the header is not there before the wait */
+    int splits, stages;
+    int parts, factors; /* where in shared memory these begin; step_wide_launch_linear sets all four */
+    bool first;         /* of the chain: the header is not there before the wait */
     float eps;
     const float *bias; /* [m] or NULL */
     const struct step_lora *lora, *next_lora;

@@ -115,7 +115,8 @@ template <int WARPGROUPS> struct layout {
         THREADS = WARPGROUP * WARPGROUPS, /* that multiply and finish */
         STAGE = (WARPGROUPS + 1) * BOX,   /* weights, then rows */
         STRIDE = M + PAD,
-        LANES = M / 4, /* of a row */
+        LANES = M / 4,            /* of a row */
+        FACTORS = M * STEP_AHEAD, /* floats of one adapter's B, or of A */
     };
 };
 
@@ -244,18 +245,44 @@ static __device__ __forceinline__ void gather_rows(const struct step_wide_linear
     }
     if (p.lora == NULL)
         return;
-    const int most = p.header->rank;
-    for (int i = threadIdx.x; i < own * most; i += THREADS) {
-        int local = i / most, j = i % most, n = n0 + local;
-        int adapter = n < p.header->rows ? p.header->adapters[n] : -1;
-        if (adapter < 0 || j >= p.lora[adapter].rank || p.lora[adapter].b[TARGET] == NULL)
+    const int lane = threadIdx.x % WARP;
+    for (int local = threadIdx.x / WARP; local < own;
+         local += THREADS / WARP) { /* a warp a row, 4 lanes a sum */
+        int n = n0 + local, adapter = n < p.header->rows ? p.header->adapters[n] : -1;
+        if (adapter < 0 || p.lora[adapter].b[TARGET] == NULL)
             continue;
-        const float *part = p.u.values + (int64_t)n * STEP_RANK + j;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int s = 0; s < p.u.count; s++)
-            sum += part[(int64_t)s * p.rows * STEP_RANK];
-        u[local * STEP_RANK + j] = sum;
+        const int rank = p.lora[adapter].rank;
+        for (int first = 0; first < rank; first += 8) {
+            const int j = first + lane % 8;
+            float sum = 0.0f;
+            if (j < rank) {
+#pragma unroll 16
+                for (int s = lane / 8; s < p.u.count; s += 4)
+                    sum += p.u.values[((int64_t)s * p.rows + n) * STEP_RANK + j];
+            }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+            if (lane < 8 && j < rank)
+                u[local * STEP_RANK + j] = sum;
+        }
+    }
+}
+
+/* What the block needs of one adapter behind the product: B's rows, and A's columns of the next one. */
+template <int M, int THREADS>
+static __device__ __forceinline__ void copy_factors(const struct step_lora &lora, int target,
+                                                    const struct step_lora *next, int next_target,
+                                                    int first_row, int m, int columns, float *b, float *a)
+{
+    if (lora.b[target] != NULL)
+        step_copy_floats(b, lora.b[target] + (int64_t)first_row * lora.rank,
+                         min(M, m - first_row) * lora.rank, threadIdx.x, THREADS);
+    const int own = min(M, columns - first_row);
+    if (next == NULL || own <= 0 || next->a[next_target] == NULL)
+        return;
+    for (int i = threadIdx.x; i < next->rank * (own / 4); i += THREADS) {
+        int j = i / (own / 4), at = i % (own / 4) * 4;
+        step_copy(a + j * M + at, next->a[next_target] + (int64_t)j * columns + first_row + at);
     }
 }
 
@@ -327,6 +354,14 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     } else if (MODE == STEP_MODE_OUT && inside) {
         weight[0] = load_quad(p.norm + out);
     }
+    const int columns = MODE == STEP_MODE_IN ? p.inner : p.m; /* that are fed to the next product */
+    float *factors_b = reinterpret_cast<float *>(ring.tiles + p.factors), *factors_a = factors_b + L::FACTORS;
+    const int main = p.lora != NULL && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD
+                         ? p.header->main
+                         : -1;
+    if (main >= 0)
+        copy_factors<L::M, L::THREADS>(p.lora[main], TARGET, p.next_lora != NULL ? &p.next_lora[main] : NULL,
+                                       NEXT_TARGET, first_row, p.m, columns, factors_b, factors_a);
     cluster_wait();
 
     if (!p.first)
@@ -344,6 +379,7 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     float acc[32];
     struct place at = {0, 0};
     multiply<WARPGROUPS>(acc, ring, at, count);
+    step_copies_wait();
     numbered_wait(1, L::THREADS); /* the ring has been read */
 
     /* Rows of sums, then to whom they belong. */
@@ -389,11 +425,12 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 v.v[e] = fmaf(v.v[e], scale, offset.v[e]);
-                if (lora != NULL) /* u was made of h, which 1/rms has yet to scale */
+                if (lora != NULL) { /* u was made of h, which 1/rms has yet to scale */
+                    const float *factor = adapter == main ? factors_b + (m + e) * lora->rank
+                                                          : lora->b[TARGET] + (int64_t)(out + e) * lora->rank;
                     v.v[e] = fmaf(lora->scale * scale,
-                                  step_dot(lora->b[TARGET] + (int64_t)(out + e) * lora->rank,
-                                           row_u + local * STEP_RANK, lora->rank),
-                                  v.v[e]);
+                                  step_dot(factor, row_u + local * STEP_RANK, lora->rank), v.v[e]);
+                }
             }
             if (convolves) {
                 store_quad(state[i], before[i][1]);
@@ -434,7 +471,6 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
                 p.next_squares.values[(int64_t)tile * p.rows + n] = squares;
         }
         if (FEEDS && p.next_lora != NULL && (MODE == STEP_MODE_OUT || first_row < p.inner)) {
-            const int columns = MODE == STEP_MODE_IN ? p.inner : p.m;
             const struct step_lora *next =
                 adapter >= 0 && p.next_lora[adapter].a[NEXT_TARGET] != NULL ? &p.next_lora[adapter] : NULL;
             const int rank = next != NULL ? next->rank : 0, most = p.header->rank;
@@ -442,7 +478,9 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
             for (int j = 0; j < most; j++) {
                 float sum = 0.0f;
                 if (j < rank && out < columns)
-                    sum = dot(fed, load_quad(next->a[NEXT_TARGET] + (int64_t)j * columns + out));
+                    sum = dot(fed,
+                              load_quad(adapter == main ? factors_a + j * L::M + m
+                                                        : next->a[NEXT_TARGET] + (int64_t)j * columns + out));
                 sum = row_sum<L::LANES>(sum);
                 if (writes && j < rank)
                     p.next_u.values[((int64_t)tile * p.rows + n) * STEP_RANK + j] = sum;
@@ -557,8 +595,9 @@ static int launch(struct kernel_device *device, struct step_wide_linear *p)
     const int own = (int)divide_up(p->rows < GROUP ? p->rows : GROUP, p->splits);
     const size_t sums = (size_t)GROUP * L::STRIDE * sizeof(float),
                  parts = (size_t)(p->splits - 1) * (size_t)own * L::STRIDE * sizeof(float);
+    const size_t factors = p->lora != NULL ? 2 * L::FACTORS * sizeof(float) : 0;
     const size_t half = (size_t)device->shared_bytes / 2 - 12288; /* two blocks to a multiprocessor */
-    p->stages = (int)((half - parts) / L::STAGE);
+    p->stages = (int)((half - parts - factors) / L::STAGE);
     if (p->stages > most)
         p->stages = most;
     if (p->stages > STAGES_MOST)
@@ -567,7 +606,8 @@ static int launch(struct kernel_device *device, struct step_wide_linear *p)
         p->stages = 1;
     size_t ring = (size_t)p->stages * L::STAGE;
     p->parts = (int)(ring > sums ? ring : (sums + 15) / 16 * 16);
-    size_t shared = (size_t)p->parts + parts + 1024;
+    p->factors = p->parts + (int)parts;
+    size_t shared = (size_t)p->factors + factors + 1024;
     auto kernel = wide_kernel<MODE, WARPGROUPS, QUADS>;
     int status = cuda_check(
         device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));

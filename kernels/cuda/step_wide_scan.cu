@@ -146,14 +146,15 @@ template <int PENDING> static __device__ __forceinline__ void copies_wait()
 }
 
 /* The adapter's part of dt for this lane's channels. */
-static __device__ __forceinline__ void add_low_rank(const struct step_lora &lora, const float *x_dbl,
-                                                    int dt_rank, int channel, float (&dt)[LANE_CHANNELS])
+static __device__ __forceinline__ void add_low_rank(const struct step_lora &lora, const float *a,
+                                                    const float *b, const float *x_dbl, int dt_rank,
+                                                    float (&dt)[LANE_CHANNELS])
 {
     const int lane = threadIdx.x % WARP;
     for (int first = 0; first < lora.rank; first += 8) { /* 8 ranks at once, 4 lanes each */
         float u = 0.0f;
         if (first + lane / 4 < lora.rank) {
-            const float *factor = lora.a[STEP_DT] + (first + lane / 4) * dt_rank;
+            const float *factor = a + (first + lane / 4) * dt_rank;
 #pragma unroll 4
             for (int i = lane % 4 * 4; i < dt_rank; i += 16) {
                 float4 low = load4(x_dbl + i), f = load4(factor + i);
@@ -168,13 +169,13 @@ static __device__ __forceinline__ void add_low_rank(const struct step_lora &lora
             if (first + j < lora.rank) {
 #pragma unroll
                 for (int i = 0; i < LANE_CHANNELS; i++)
-                    dt[i] = fmaf(one, lora.b[STEP_DT][(int64_t)(channel + i) * lora.rank + first + j], dt[i]);
+                    dt[i] = fmaf(one, b[i * lora.rank + first + j], dt[i]);
             }
         }
     }
 }
 
-template <int STAGES>
+template <int STAGES, bool ADAPTED>
 static __global__ void __launch_bounds__(STEP_THREADS, 3)
     wide_scan_kernel(const __grid_constant__ struct step_wide_scan p)
 {
@@ -204,6 +205,24 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
         if (begin + i < end && n < rows)
             copy_states(p, stage_of(begin + i), n, first);
         copies_commit();
+    }
+    /* Of one adapter: A [rank][dt_rank] and B [channels][rank] of dt_proj, A [rank][channels] of out_proj. */
+    float *dt_b = reinterpret_cast<float *>(memory + STAGES * bytes), *out_a = dt_b + STEP_AHEAD * CHANNELS,
+          *dt_a = out_a + STEP_AHEAD * CHANNELS;
+    const int main =
+        ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD ? p.header->main : -1;
+    if (main >= 0) {
+        const struct step_lora &ahead = p.lora[main];
+        if (ahead.b[STEP_DT] != NULL) {
+            step_copy_floats(dt_a, ahead.a[STEP_DT], ahead.rank * p.rank, threadIdx.x, STEP_THREADS);
+            step_copy_floats(dt_b, ahead.b[STEP_DT] + (int64_t)first * ahead.rank, CHANNELS * ahead.rank,
+                             threadIdx.x, STEP_THREADS);
+        }
+        if (ahead.a[STEP_OUT] != NULL)
+            for (int i = threadIdx.x; i < ahead.rank * (CHANNELS / 4); i += STEP_THREADS) {
+                int j = i / (CHANNELS / 4), at = i % (CHANNELS / 4) * 4;
+                step_copy(out_a + j * CHANNELS + at, ahead.a[STEP_OUT] + (int64_t)j * p.inner + first + at);
+            }
     }
     uint4 weights[DT_BLOCKS][2];
     /* This warp's share of dt: 16 channels, and every DT_WARPS-th block of 32 elements of dt_low. */
@@ -261,7 +280,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
 
         if (live) {
             const float *x_dbl = in->x_dbl + warp * (p.width + PAD);
-            const int adapter = p.lora != NULL ? p.header->adapters[n] : -1;
+            const int adapter = ADAPTED ? p.header->adapters[n] : -1;
             const struct step_lora *lora = adapter >= 0 ? &p.lora[adapter] : NULL;
             float dt[LANE_CHANNELS], x[LANE_CHANNELS], y[LANE_CHANNELS] = {};
             *reinterpret_cast<float4 *>(dt) = bias;
@@ -271,7 +290,10 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
                 dt[0] += part.x, dt[1] += part.y, dt[2] += part.z, dt[3] += part.w;
             }
             if (lora != NULL && lora->b[STEP_DT] != NULL) /* a warp's sequence has one adapter */
-                add_low_rank(*lora, x_dbl, p.rank, channel, dt);
+                add_low_rank(*lora, adapter == main ? dt_a : lora->a[STEP_DT],
+                             adapter == main ? dt_b + quad * lora->rank
+                                             : lora->b[STEP_DT] + (int64_t)channel * lora->rank,
+                             x_dbl, p.rank, dt);
             union {
                 uint2 raw;
                 step_type v[LANE_CHANNELS];
@@ -313,7 +335,9 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
                 for (int j = state_group; j < (lora->rank + 3) / 4 * 4; j += 4) {
                     float sum = 0.0f;
                     if (j < lora->rank) {
-                        float4 a = load4(lora->a[STEP_OUT] + (int64_t)j * p.inner + channel);
+                        float4 a =
+                            load4(adapter == main ? out_a + j * CHANNELS + quad
+                                                  : lora->a[STEP_OUT] + (int64_t)j * p.inner + channel);
                         sum = to_float(rounded.v[0]) * a.x + to_float(rounded.v[1]) * a.y +
                               to_float(rounded.v[2]) * a.z + to_float(rounded.v[3]) * a.w;
                     }
@@ -348,18 +372,25 @@ int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_
                        (size_t)p->d * sizeof(float), 1, false, *p);
 }
 
-template <int STAGES>
+template <int STAGES, bool ADAPTED>
 static int launch(struct kernel_device *device, const struct step_wide_scan *p, int splits)
 {
-    const size_t shared = STAGES * stage_bytes(p->width);
-    int status =
-        cuda_check(device, cudaFuncSetAttribute(wide_scan_kernel<STAGES>,
-                                                cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    const size_t factors = ADAPTED ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
+    const size_t shared = STAGES * stage_bytes(p->width) + factors;
+    auto kernel = wide_scan_kernel<STAGES, ADAPTED>;
+    int status = cuda_check(
+        device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     if (status != KERNEL_OK)
         return status;
-    return step_launch(device, wide_scan_kernel<STAGES>,
-                       dim3((unsigned)(p->inner / CHANNELS), (unsigned)splits), STEP_THREADS, shared, 1, true,
-                       *p);
+    return step_launch(device, kernel, dim3((unsigned)(p->inner / CHANNELS), (unsigned)splits), STEP_THREADS,
+                       shared, 1, true, *p);
+}
+
+template <int STAGES>
+static int launch_stages(struct kernel_device *device, const struct step_wide_scan *p, int splits)
+{
+    return p->lora != NULL ? launch<STAGES, true>(device, p, splits)
+                           : launch<STAGES, false>(device, p, splits);
 }
 
 /* As many blocks as fit the device at once. */
@@ -370,10 +401,10 @@ int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_s
     splits = splits < 1 ? 1 : splits > groups ? groups : splits;
     switch (divide_up(groups, splits)) {
     case 1:
-        return launch<1>(device, p, splits);
+        return launch_stages<1>(device, p, splits);
     case 2:
-        return launch<2>(device, p, splits);
+        return launch_stages<2>(device, p, splits);
     default:
-        return launch<3>(device, p, splits);
+        return launch_stages<3>(device, p, splits);
     }
 }
