@@ -100,6 +100,8 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     x.lora = lora;
     x.u = in.next_u;
     x.y = b->x_dbl;
+    x.ahead = l->out_proj; /* the scan leaves it no room to come early */
+    x.ahead_bytes = (int64_t)d * c * (int64_t)sizeof(step_type);
     if (status == KERNEL_OK)
         status = launch_product(device, STEP_MODE_X, &x, l->x_proj, b->xc);
 

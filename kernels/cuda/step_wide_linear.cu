@@ -9,8 +9,6 @@
 #include "kernels/cuda/step_wide.cuh"
 #include "kernels/cuda/vector.cuh"
 
-#include <cooperative_groups.h>
-
 enum {
     GROUP = STEP_WIDE_GROUP,
     TILE_K = 64,
@@ -109,11 +107,13 @@ static __device__ __forceinline__ void cluster_wait()
 
 #endif
 
-template <int WARPGROUPS> struct layout {
+/* RESIDENT: rows stay in shared memory, and the ring brings weights alone. */
+template <int WARPGROUPS, bool RESIDENT = false> struct layout {
     enum {
         M = 64 * WARPGROUPS,
         THREADS = WARPGROUP * WARPGROUPS, /* that multiply and finish */
-        STAGE = (WARPGROUPS + 1) * BOX,   /* weights, then rows */
+        WEIGHTS = WARPGROUPS * BOX,
+        STAGE = WEIGHTS + (RESIDENT ? 0 : BOX), /* weights, then rows */
         STRIDE = M + PAD,
         LANES = M / 4,            /* of a row */
         FACTORS = M * STEP_AHEAD, /* floats of one adapter's B, or of A */
@@ -132,7 +132,7 @@ template <int LANES> static __device__ __forceinline__ float row_sum(float v)
 
 /* Tiles in shared memory, filled and read in turn. */
 struct ring {
-    unsigned char *tiles;
+    unsigned char *tiles, *x; /* x: of a layout with resident rows */
     uint64_t *full, *empty;
     int stages;
 };
@@ -161,50 +161,63 @@ struct share {
     int k_begin, k_count;
 };
 
+/* This block's share of what is wanted in the second-level cache. */
+static __device__ __forceinline__ void fetch_ahead(const struct step_wide_linear &p)
+{
+    const int64_t piece = 16384, blocks = (int64_t)gridDim.x * gridDim.y;
+    const char *from = (const char *)p.ahead;
+    for (int64_t at = (blockIdx.y * gridDim.x + blockIdx.x) * piece; at < p.ahead_bytes; at += blocks * piece)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at),
+                     "r"((int)min(piece, p.ahead_bytes - at)));
+}
+
 /* The one thread that fills the ring. */
-template <int WARPGROUPS>
+template <int WARPGROUPS, bool RESIDENT>
 static __device__ __forceinline__ void fill(const struct step_wide_linear &p, const struct ring &ring,
                                             const struct share &share)
 {
-    using L = layout<WARPGROUPS>;
-    const int bytes = WARPGROUPS * BOX + min(p.rows, (int)GROUP) * TILE_K * 2;
+    using L = layout<WARPGROUPS, RESIDENT>;
+    const int x_bytes = min(p.rows, (int)GROUP) * TILE_K * 2;
     const int count = share.tiles * share.k_count, ahead = min(count, ring.stages);
-    auto load_weights = [&](int i, int stage) {
-        int tile = i / share.k_count, k = share.k_begin + i % share.k_count;
-        barrier_expect(&ring.full[stage], bytes);
-        tile_load(ring.tiles + stage * L::STAGE, &p.weight, k * TILE_K, share.first_row + tile * share.step,
-                  &ring.full[stage]);
+    auto load_weights = [&](int i, int stage, int tile, int k) {
+        barrier_expect(&ring.full[stage], L::WEIGHTS + (RESIDENT && i >= share.k_count ? 0 : x_bytes));
+        tile_load(ring.tiles + stage * L::STAGE, &p.weight, (share.k_begin + k) * TILE_K,
+                  share.first_row + tile * share.step, &ring.full[stage]);
     };
-    auto load_x = [&](int i, int stage) {
-        int k = share.k_begin + i % share.k_count;
-        tile_load(ring.tiles + stage * L::STAGE + WARPGROUPS * BOX, &p.x, k * TILE_K, blockIdx.y * GROUP,
-                  &ring.full[stage]);
+    auto load_x = [&](int i, int stage, int k) {
+        if (!RESIDENT || i < share.k_count)
+            tile_load(RESIDENT ? ring.x + k * BOX : ring.tiles + stage * L::STAGE + L::WEIGHTS, &p.x,
+                      (share.k_begin + k) * TILE_K, blockIdx.y * GROUP, &ring.full[stage]);
     };
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&p.x) : "memory");
     for (int i = 0; i < ahead; i++)
-        load_weights(i, i);
+        load_weights(i, i, i / share.k_count, i % share.k_count);
     if (!p.first)
         step_wait();
     for (int i = 0; i < ahead; i++)
-        load_x(i, i);
+        load_x(i, i, i % share.k_count);
+    if (p.ahead != NULL)
+        fetch_ahead(p);
     struct place at = {0, 0};
     for (int i = ahead; i < count; i++, at.next(ring)) {
+        int tile = i / share.k_count, k = i % share.k_count;
         barrier_wait(&ring.empty[at.stage], at.parity);
-        load_weights(i, at.stage);
-        load_x(i, at.stage);
+        load_weights(i, at.stage, tile, k);
+        load_x(i, at.stage, k);
     }
 }
 
 /* 64 outputs by 64 rows over `count` blocks of k. */
-template <int WARPGROUPS>
+template <int WARPGROUPS, bool RESIDENT>
 static __device__ __forceinline__ void multiply(float (&acc)[32], const struct ring &ring, struct place &at,
                                                 int count)
 {
-    using L = layout<WARPGROUPS>;
+    using L = layout<WARPGROUPS, RESIDENT>;
     const int warpgroup = threadIdx.x / WARPGROUP, lane = threadIdx.x % WARP;
     int before = -1; /* the stage whose products may still be under way */
     for (int i = 0; i < count; i++, at.next(ring)) {
         const unsigned char *w = ring.tiles + at.stage * L::STAGE + warpgroup * BOX,
-                            *x = ring.tiles + at.stage * L::STAGE + WARPGROUPS * BOX;
+                            *x = RESIDENT ? ring.x + i * BOX : ring.tiles + at.stage * L::STAGE + L::WEIGHTS;
         barrier_wait(&ring.full[at.stage], at.parity);
         product_begin();
 #pragma unroll
@@ -228,13 +241,13 @@ static __device__ __forceinline__ void multiply(float (&acc)[32], const struct r
 
 #endif
 
-/* 1/rms of the rows that this block finishes, and what their adapters' A made of them. */
-template <int MODE, int THREADS, int TARGET>
-static __device__ __forceinline__ void gather_rows(const struct step_wide_linear &p, int n0, int own,
-                                                   float *scale, float *u)
+/* 1/rms of the rows that this block finishes. */
+template <int THREADS>
+static __device__ __forceinline__ void gather_scale(const struct step_wide_linear &p, int n0, int own,
+                                                    float *scale)
 {
-    if (MODE == STEP_MODE_IN) { /* 8 lanes a row */
-        int local = threadIdx.x / 8;
+    for (int first = 0; first < own; first += THREADS / 8) { /* 8 lanes a row */
+        const int local = first + (int)threadIdx.x / 8;
         float sum = 0.0f;
         if (local < own)
             for (int i = threadIdx.x % 8; i < p.squares.count; i += 8)
@@ -243,20 +256,26 @@ static __device__ __forceinline__ void gather_rows(const struct step_wide_linear
         if (local < own && threadIdx.x % 8 == 0)
             scale[local] = rsqrtf(sum / (float)p.k + p.eps);
     }
-    if (p.lora == NULL)
-        return;
+}
+
+/* What their adapters' A made of them: a warp a row, 4 lanes a sum. */
+template <int THREADS>
+static __device__ __forceinline__ void gather_u(const struct step_wide_linear &p, int target, int n0, int own,
+                                                float *u)
+{
     const int lane = threadIdx.x % WARP;
-    for (int local = threadIdx.x / WARP; local < own;
-         local += THREADS / WARP) { /* a warp a row, 4 lanes a sum */
+#pragma unroll 1
+    for (int local = threadIdx.x / WARP; local < own; local += THREADS / WARP) {
         int n = n0 + local, adapter = n < p.header->rows ? p.header->adapters[n] : -1;
-        if (adapter < 0 || p.lora[adapter].b[TARGET] == NULL)
+        if (adapter < 0 || p.lora[adapter].b[target] == NULL)
             continue;
         const int rank = p.lora[adapter].rank;
+#pragma unroll 1
         for (int first = 0; first < rank; first += 8) {
             const int j = first + lane % 8;
             float sum = 0.0f;
             if (j < rank) {
-#pragma unroll 16
+#pragma unroll 12
                 for (int s = lane / 8; s < p.u.count; s += 4)
                     sum += p.u.values[((int64_t)s * p.rows + n) * STEP_RANK + j];
             }
@@ -268,26 +287,35 @@ static __device__ __forceinline__ void gather_rows(const struct step_wide_linear
     }
 }
 
-/* What the block needs of one adapter behind the product: B's rows, and A's columns of the next one. */
+/* 4 bytes as step_copy. */
+static __device__ __forceinline__ void copy_one(float *to, const float *from)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from)
+                 : "memory");
+}
+
+/* What the block needs of one adapter behind the product: B's rows, as [rank][M], and A's columns of the next one. */
 template <int M, int THREADS>
 static __device__ __forceinline__ void copy_factors(const struct step_lora &lora, int target,
                                                     const struct step_lora *next, int next_target,
                                                     int first_row, int m, int columns, float *b, float *a)
 {
+    const int rank = lora.rank;
     if (lora.b[target] != NULL)
-        step_copy_floats(b, lora.b[target] + (int64_t)first_row * lora.rank,
-                         min(M, m - first_row) * lora.rank, threadIdx.x, THREADS);
+        for (int i = threadIdx.x; i < min(M, m - first_row) * rank; i += THREADS)
+            copy_one(b + i % rank * M + i / rank, lora.b[target] + (int64_t)first_row * rank + i);
     const int own = min(M, columns - first_row);
     if (next == NULL || own <= 0 || next->a[next_target] == NULL)
         return;
-    for (int i = threadIdx.x; i < next->rank * (own / 4); i += THREADS) {
+    for (int i = threadIdx.x; i < rank * (own / 4); i += THREADS) {
         int j = i / (own / 4), at = i % (own / 4) * 4;
         step_copy(a + j * M + at, next->a[next_target] + (int64_t)j * columns + first_row + at);
     }
 }
 
 /* QUADS: a thread finishes its four outputs of up to so many rows. */
-template <int MODE, int WARPGROUPS, int QUADS>
+template <int MODE, int WARPGROUPS, int QUADS, bool ADAPTED>
 static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     wide_kernel(const __grid_constant__ struct step_wide_linear p)
 {
@@ -298,8 +326,9 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     constexpr bool FEEDS = MODE != STEP_MODE_X; /* an adapter's x A^T */
     extern __shared__ unsigned char memory[];
     __shared__ uint64_t full[STAGES_MOST], empty[STAGES_MOST], arrived;
-    __shared__ float row_scale[QUADS * ROWS_AT_ONCE], row_u[QUADS * ROWS_AT_ONCE * STEP_RANK];
-    const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, full, empty, p.stages};
+    __shared__ float row_scale[QUADS * ROWS_AT_ONCE], row_u[ADAPTED ? QUADS * ROWS_AT_ONCE * STEP_RANK : 1];
+    const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, NULL, full, empty,
+                              p.stages};
     float *sums = reinterpret_cast<float *>(ring.tiles); /* [GROUP][STRIDE], when the ring has been read */
     float *parts =
         reinterpret_cast<float *>(ring.tiles + p.parts); /* [splits-1][own][STRIDE], of the others */
@@ -310,40 +339,44 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
         step_wait();
     step_release();
 
-    const int room = min(p.rows, (int)GROUP), group = blockIdx.y * GROUP;
-    const int own_first = share_of(room, split, splits), own = share_of(room, split + 1, splits) - own_first;
-    const int k_blocks = (p.k + TILE_K - 1) / TILE_K, begin = share_of(k_blocks, split, splits),
-              count = share_of(k_blocks, split + 1, splits) - begin;
-    if (threadIdx.x == L::THREADS) {
-        ring_open(ring, L::THREADS / WARP);
-        barrier_init(&arrived, 1);
-        barrier_inits_done();
-        barrier_expect(&arrived, (splits - 1) * own * L::M * (int)sizeof(float));
-    }
-    __syncwarp();
-    cluster_arrive();
+    const int room = min(p.rows, (int)GROUP), own_first = split * p.own, own = min(p.own, room - own_first);
+    const int n0 = (int)blockIdx.y * GROUP + own_first;
     if (threadIdx.x >= L::THREADS) {
-        if (threadIdx.x == L::THREADS)
-            fill<WARPGROUPS>(p, ring, {first_row, 0, 1, begin, count});
+        if (threadIdx.x == L::THREADS) {
+            ring_open(ring, L::THREADS / WARP);
+            barrier_init(&arrived, 1);
+            barrier_inits_done();
+            barrier_expect(&arrived, (splits - 1) * max(own, 0) * L::M * (int)sizeof(float));
+        }
+        __syncwarp();
+        cluster_arrive();
+        if (threadIdx.x == L::THREADS) {
+            const int k_blocks = (p.k + TILE_K - 1) / TILE_K, begin = share_of(k_blocks, split, splits);
+            fill<WARPGROUPS, false>(p, ring,
+                                    {first_row, 0, 1, begin, share_of(k_blocks, split + 1, splits) - begin});
+        }
         __syncwarp();
         cluster_wait();
         return;
     }
+    cluster_arrive();
 
     /* What the chain does not write. */
-    const int rows = p.header->rows, m = (int)threadIdx.x % L::LANES * 4, out = first_row + m;
+    const int row0 = (int)threadIdx.x / L::LANES, m = (int)threadIdx.x % L::LANES * 4, out = first_row + m;
+    const int rows = p.header->rows,
+              columns = MODE == STEP_MODE_IN ? p.inner : p.m; /* fed to the next product */
     const bool inside = out < p.m, convolves = MODE == STEP_MODE_IN && out < p.inner;
     struct quad weight[STEP_CONV], offset = {}, before[QUADS][STEP_CONV - 1];
     float *state[QUADS];
-    if (inside && p.bias != NULL)
-        offset = load_quad(p.bias + out);
     if (convolves) {
+        if (p.conv_bias != NULL)
+            offset = load_quad(p.conv_bias + out);
 #pragma unroll
         for (int i = 0; i < 4; i++)
             weight[i] = load_quad(p.conv + (int64_t)(out + i) * STEP_CONV);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int local = (int)threadIdx.x / L::LANES + i * ROWS_AT_ONCE, n = group + own_first + local;
+            int local = row0 + i * ROWS_AT_ONCE, n = n0 + local;
             if (local < own && n < rows) {
                 state[i] = p.states + p.header->slots[n] * p.slot_stride + out;
 #pragma unroll
@@ -354,14 +387,13 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     } else if (MODE == STEP_MODE_OUT && inside) {
         weight[0] = load_quad(p.norm + out);
     }
-    const int columns = MODE == STEP_MODE_IN ? p.inner : p.m; /* that are fed to the next product */
     float *factors_b = reinterpret_cast<float *>(ring.tiles + p.factors), *factors_a = factors_b + L::FACTORS;
-    const int main = p.lora != NULL && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD
-                         ? p.header->main
-                         : -1;
-    if (main >= 0)
+    int main = -1;
+    if (ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD) {
+        main = p.header->main;
         copy_factors<L::M, L::THREADS>(p.lora[main], TARGET, p.next_lora != NULL ? &p.next_lora[main] : NULL,
                                        NEXT_TARGET, first_row, p.m, columns, factors_b, factors_a);
+    }
     cluster_wait();
 
     if (!p.first)
@@ -369,17 +401,23 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     if (MODE == STEP_MODE_OUT) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int local = (int)threadIdx.x / L::LANES + i * ROWS_AT_ONCE, n = group + own_first + local;
+            int local = row0 + i * ROWS_AT_ONCE, n = n0 + local;
             if (local < own && n < rows && inside)
                 before[i][0] = load_quad(p.r + (int64_t)n * p.m + out);
         }
     }
-    gather_rows<MODE, L::THREADS, TARGET>(p, group + own_first, own, row_scale, row_u);
+    if (MODE == STEP_MODE_IN)
+        gather_scale<L::THREADS>(p, n0, own, row_scale);
+    if (ADAPTED)
+        gather_u<L::THREADS>(p, TARGET, n0, own, row_u);
 
     float acc[32];
     struct place at = {0, 0};
-    multiply<WARPGROUPS>(acc, ring, at, count);
-    step_copies_wait();
+    const int k_blocks = (p.k + TILE_K - 1) / TILE_K;
+    multiply<WARPGROUPS, false>(acc, ring, at,
+                                share_of(k_blocks, split + 1, splits) - share_of(k_blocks, split, splits));
+    if (ADAPTED)
+        step_copies_wait();
     numbered_wait(1, L::THREADS); /* the ring has been read */
 
     /* Rows of sums, then to whom they belong. */
@@ -393,59 +431,80 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
                 to[(8 * j + i % 2) * L::STRIDE + i / 2 * 8] = acc[4 * j + i];
     }
     numbered_wait(1, L::THREADS);
-    for (int step = 1; step < splits; step++) {
-        int to = split + step < splits ? split + step : split + step - splits;
-        int first = share_of(room, to, splits), its = share_of(room, to + 1, splits) - first;
-        int slot = split < to ? split : split - 1;
-        for (int local = (int)threadIdx.x / L::LANES; local < its; local += ROWS_AT_ONCE)
-            send_quad(parts + (slot * its + local) * L::STRIDE + m, &arrived, to,
-                      load_quad(sums + (first + local) * L::STRIDE + m));
+#pragma unroll
+    for (int i = 0; i < GROUP / ROWS_AT_ONCE; i++) {
+        const int row = row0 + i * ROWS_AT_ONCE, owner = row * p.owner_scale >> 16;
+        const int slot = split < owner ? split : split - 1;
+        if (row < room && owner != split)
+            send_quad(parts + (slot * p.own + row - owner * p.own) * L::STRIDE + m, &arrived, owner,
+                      load_quad(sums + row * L::STRIDE + m));
     }
     barrier_wait(&arrived, 0);
 
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {
-        const int local = (int)threadIdx.x / L::LANES + i * ROWS_AT_ONCE, n = group + own_first + local;
+        const int local = row0 + i * ROWS_AT_ONCE, n = n0 + local;
         const bool live = local < own && n < rows;
-        const int adapter = p.lora != NULL && live ? p.header->adapters[n] : -1;
+        const int adapter = ADAPTED && live ? p.header->adapters[n] : -1;
         struct quad v = {}, fed = {};
         float squares = 0.0f;
         if (live && inside) {
+#pragma unroll 4
             for (int s = 0; s < splits; s++) {
-                const float *from = s == split ? sums + (own_first + local) * L::STRIDE
-                                               : parts + ((s < split ? s : s - 1) * own + local) * L::STRIDE;
+                const float *from = s == split
+                                        ? sums + (own_first + local) * L::STRIDE
+                                        : parts + ((s < split ? s : s - 1) * p.own + local) * L::STRIDE;
                 struct quad part = load_quad(from + m);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     v.v[e] += part.v[e];
             }
-            const float scale = MODE == STEP_MODE_IN ? row_scale[local] : 1.0f;
-            const struct step_lora *lora =
-                adapter >= 0 && p.lora[adapter].b[TARGET] != NULL ? &p.lora[adapter] : NULL;
+            if (ADAPTED && adapter >= 0 && p.lora[adapter].b[TARGET] != NULL) {
+                const struct step_lora &lora = p.lora[adapter];
+                const float *u = row_u + local * STEP_RANK, *b = lora.b[TARGET] + (int64_t)out * lora.rank;
+                struct quad sum = {};
+#pragma unroll 1
+                for (int j = 0; j < lora.rank; j++) {
+                    struct quad factor;
+                    if (adapter == main) {
+                        factor = load_quad(factors_b + j * L::M + m);
+                    } else {
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                v.v[e] = fmaf(v.v[e], scale, offset.v[e]);
-                if (lora != NULL) { /* u was made of h, which 1/rms has yet to scale */
-                    const float *factor = adapter == main ? factors_b + (m + e) * lora->rank
-                                                          : lora->b[TARGET] + (int64_t)(out + e) * lora->rank;
-                    v.v[e] = fmaf(lora->scale * scale,
-                                  step_dot(factor, row_u + local * STEP_RANK, lora->rank), v.v[e]);
+                        for (int e = 0; e < 4; e++)
+                            factor.v[e] = b[e * lora.rank + j];
+                    }
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        sum.v[e] = fmaf(u[j], factor.v[e], sum.v[e]);
                 }
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    v.v[e] = fmaf(lora.scale, sum.v[e], v.v[e]);
+            }
+            if (MODE == STEP_MODE_IN) { /* the input, and u, were without 1/rms */
+                const float scale = row_scale[local];
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    v.v[e] *= scale;
+            }
+            if (p.bias != NULL) {
+                struct quad bias = load_quad(p.bias + out);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    v.v[e] += bias.v[e];
             }
             if (convolves) {
                 store_quad(state[i], before[i][1]);
                 store_quad(state[i] + p.inner, before[i][2]);
                 store_quad(state[i] + 2 * (int64_t)p.inner, v);
-                struct quad y = {};
-                if (p.conv_bias != NULL)
-                    y = load_quad(p.conv_bias + out);
+                struct quad y;
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const float(&w)[4] = weight[e].v;
-                    y.v[e] = silu(
-                        fmaf(w[3], v.v[e],
-                             fmaf(w[2], before[i][2].v[e],
-                                  fmaf(w[1], before[i][1].v[e], fmaf(w[0], before[i][0].v[e], y.v[e])))));
+                    y.v[e] = silu(fmaf(
+                        w[3], v.v[e],
+                        fmaf(w[2], before[i][2].v[e],
+                             fmaf(w[1], before[i][1].v[e], fmaf(w[0], before[i][0].v[e], offset.v[e])))));
                 }
                 fed = store_rounded(p.xc + (int64_t)n * p.inner + out, y);
             } else if (MODE == STEP_MODE_IN) {
@@ -464,25 +523,30 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
                 squares = dot(v, v);
             }
         }
-        const bool writes = live && m == 0;
         if (MODE == STEP_MODE_OUT) {
             squares = row_sum<L::LANES>(squares);
-            if (writes)
+            if (live && m == 0)
                 p.next_squares.values[(int64_t)tile * p.rows + n] = squares;
         }
-        if (FEEDS && p.next_lora != NULL && (MODE == STEP_MODE_OUT || first_row < p.inner)) {
+        if (ADAPTED && FEEDS && p.next_lora != NULL && (MODE == STEP_MODE_OUT || first_row < p.inner)) {
             const struct step_lora *next =
                 adapter >= 0 && p.next_lora[adapter].a[NEXT_TARGET] != NULL ? &p.next_lora[adapter] : NULL;
             const int rank = next != NULL ? next->rank : 0, most = p.header->rank;
-#pragma unroll 4
-            for (int j = 0; j < most; j++) {
-                float sum = 0.0f;
-                if (j < rank && out < columns)
-                    sum = dot(fed,
-                              load_quad(adapter == main ? factors_a + j * L::M + m
-                                                        : next->a[NEXT_TARGET] + (int64_t)j * columns + out));
-                sum = row_sum<L::LANES>(sum);
-                if (writes && j < rank)
+#pragma unroll 1
+            for (int first = 0; first < most; first += 8) {
+                float products[8];
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    products[j] = 0.0f;
+                    if (first + j < rank && out < columns)
+                        products[j] =
+                            dot(fed, load_quad(adapter == main ? factors_a + (first + j) * L::M + m
+                                                               : next->a[NEXT_TARGET] +
+                                                                     (int64_t)(first + j) * columns + out));
+                }
+                const float sum = scatter_sum<L::LANES>(products);
+                const int j = first + scattered_index<L::LANES>();
+                if (j < rank && (int)threadIdx.x % (L::LANES / 8) == 0)
                     p.next_u.values[((int64_t)tile * p.rows + n) * STEP_RANK + j] = sum;
             }
         }
@@ -492,17 +556,19 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
 
 /* The head: no cluster; a block takes every gridDim.x-th tile of 128 outputs over the whole of k, the ring running on from
  * one to the next. The hidden states on the way. */
-static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 2)
+template <bool RESIDENT>
+static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 1)
     wide_head_kernel(const __grid_constant__ struct step_wide_linear p)
 {
 #if CUDA_HOPPER
-    using L = layout<2>;
+    using L = layout<2, RESIDENT>;
     extern __shared__ unsigned char memory[];
     __shared__ uint64_t full[STAGES_MOST], empty[STAGES_MOST];
     __shared__ float row_scale[GROUP];
-    const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, full, empty, p.stages};
-    const int group = blockIdx.y * GROUP, tiles = (p.m + L::M - 1) / L::M, stride = (int)gridDim.x;
-    const int own = (tiles - (int)blockIdx.x + stride - 1) / stride, count = (p.k + TILE_K - 1) / TILE_K;
+    unsigned char *tiles = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    const struct ring ring = {tiles, tiles + p.stages * L::STAGE, full, empty, p.stages};
+    const int n0 = blockIdx.y * GROUP, all = (p.m + L::M - 1) / L::M, stride = (int)gridDim.x;
+    const int own = (all - (int)blockIdx.x + stride - 1) / stride, count = (p.k + TILE_K - 1) / TILE_K;
     step_release();
     if (threadIdx.x == L::THREADS) {
         ring_open(ring, L::THREADS / WARP);
@@ -511,34 +577,24 @@ static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 2)
     __syncthreads();
     if (threadIdx.x >= L::THREADS) {
         if (threadIdx.x == L::THREADS)
-            fill<2>(p, ring, {(int)blockIdx.x * L::M, stride * L::M, own, 0, count});
+            fill<2, RESIDENT>(p, ring, {(int)blockIdx.x * L::M, stride * L::M, own, 0, count});
         return;
     }
 
     step_wait();
-    const int rows = min(p.header->rows - group, (int)GROUP);
-    if (rows > 0) {
-        for (int local = threadIdx.x / 8; local < GROUP; local += L::THREADS / 8) { /* 8 lanes a row */
-            float sum = 0.0f;
-            if (local < rows)
-                for (int i = threadIdx.x % 8; i < p.squares.count; i += 8)
-                    sum += p.squares.values[(int64_t)i * p.rows + group + local];
-            sum = row_sum<8>(sum);
-            if (threadIdx.x % 8 == 0)
-                row_scale[local] = rsqrtf(sum / (float)p.k + p.eps);
-        }
-        numbered_wait(1, L::THREADS);
-        for (int local = blockIdx.x; local < rows; local += stride) {
-            const int64_t n = group + local;
-            for (int i = threadIdx.x; i < p.k; i += L::THREADS)
-                p.h[n * p.k + i] = from_float<step_type>(p.r[n * p.k + i] * row_scale[local] * p.norm[i]);
-        }
+    const int rows = min(p.header->rows - n0, (int)GROUP);
+    gather_scale<L::THREADS>(p, n0, rows, row_scale);
+    numbered_wait(1, L::THREADS);
+    for (int local = blockIdx.x; local < rows; local += stride) {
+        const int64_t from = (int64_t)(n0 + local) * p.k;
+        for (int i = threadIdx.x; i < p.k; i += L::THREADS)
+            p.h[from + i] = from_float<step_type>(p.r[from + i] * row_scale[local] * p.norm[i]);
     }
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     struct place at = {0, 0};
     for (int i = 0; i < own; i++) {
         float acc[32];
-        multiply<2>(acc, ring, at, count);
+        multiply<2, RESIDENT>(acc, ring, at, count);
         const int out = ((int)blockIdx.x + i * stride) * L::M + warp * 16 + lane / 4;
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -546,7 +602,7 @@ static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 2)
             for (int e = 0; e < 4; e++) {
                 int local = 8 * j + lane % 4 * 2 + e % 2, m = out + e / 2 * 8;
                 if (local < rows && m < p.m)
-                    p.y[(int64_t)(group + local) * p.m + m] = acc[4 * j + e] * row_scale[local];
+                    p.y[(int64_t)(n0 + local) * p.m + m] = acc[4 * j + e] * row_scale[local];
             }
     }
 #endif
@@ -587,28 +643,25 @@ static int choose_splits(const struct kernel_device *device, int blocks)
     return best;
 }
 
-template <int MODE, int WARPGROUPS, int QUADS>
+template <int MODE, int WARPGROUPS, int QUADS, bool ADAPTED>
 static int launch(struct kernel_device *device, struct step_wide_linear *p)
 {
     using L = layout<WARPGROUPS>;
-    const int k_blocks = (int)divide_up(p->k, TILE_K), most = (int)divide_up(k_blocks, p->splits);
-    const int own = (int)divide_up(p->rows < GROUP ? p->rows : GROUP, p->splits);
+    const int64_t most = divide_up(divide_up(p->k, TILE_K), p->splits);
     const size_t sums = (size_t)GROUP * L::STRIDE * sizeof(float),
-                 parts = (size_t)(p->splits - 1) * (size_t)own * L::STRIDE * sizeof(float);
-    const size_t factors = p->lora != NULL ? 2 * L::FACTORS * sizeof(float) : 0;
+                 parts = (size_t)(p->splits - 1) * (size_t)p->own * L::STRIDE * sizeof(float),
+                 factors = ADAPTED ? 2 * L::FACTORS * sizeof(float) : 0;
     const size_t half = (size_t)device->shared_bytes / 2 - 12288; /* two blocks to a multiprocessor */
     p->stages = (int)((half - parts - factors) / L::STAGE);
     if (p->stages > most)
-        p->stages = most;
+        p->stages = (int)most;
     if (p->stages > STAGES_MOST)
         p->stages = STAGES_MOST;
-    if (p->stages < 1)
-        p->stages = 1;
     size_t ring = (size_t)p->stages * L::STAGE;
     p->parts = (int)(ring > sums ? ring : (sums + 15) / 16 * 16);
     p->factors = p->parts + (int)parts;
-    size_t shared = (size_t)p->factors + factors + 1024;
-    auto kernel = wide_kernel<MODE, WARPGROUPS, QUADS>;
+    const size_t shared = (size_t)p->factors + factors + 1024;
+    auto kernel = wide_kernel<MODE, WARPGROUPS, QUADS, ADAPTED>;
     int status = cuda_check(
         device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     if (status != KERNEL_OK)
@@ -617,17 +670,23 @@ static int launch(struct kernel_device *device, struct step_wide_linear *p)
     return step_launch(device, kernel, grid, L::THREADS + WARP, shared, p->splits, true, *p);
 }
 
+template <int MODE, int WARPGROUPS, int QUADS>
+static int launch_adapted(struct kernel_device *device, struct step_wide_linear *p)
+{
+    return p->lora != NULL ? launch<MODE, WARPGROUPS, QUADS, true>(device, p)
+                           : launch<MODE, WARPGROUPS, QUADS, false>(device, p);
+}
+
 template <int MODE, int WARPGROUPS>
 static int launch_quads(struct kernel_device *device, struct step_wide_linear *p)
 {
-    int own = (int)divide_up(p->rows < GROUP ? p->rows : GROUP, p->splits);
-    switch (divide_up(own, ROWS_AT_ONCE)) {
+    switch (divide_up(p->own, ROWS_AT_ONCE)) {
     case 1:
-        return launch<MODE, WARPGROUPS, 1>(device, p);
+        return launch_adapted<MODE, WARPGROUPS, 1>(device, p);
     case 2:
-        return launch<MODE, WARPGROUPS, 2>(device, p);
+        return launch_adapted<MODE, WARPGROUPS, 2>(device, p);
     default:
-        return launch<MODE, WARPGROUPS, 3>(device, p);
+        return launch_adapted<MODE, WARPGROUPS, 3>(device, p);
     }
 }
 
@@ -635,35 +694,37 @@ template <int MODE> static int launch_mode(struct kernel_device *device, struct 
 {
     int warpgroups = warpgroups_of((enum step_mode)MODE, p->m);
     p->splits = choose_splits(device, (int)(divide_up(p->m, 64 * warpgroups) * divide_up(p->rows, GROUP)));
+    p->own = (int)divide_up(p->rows < GROUP ? p->rows : GROUP, p->splits);
+    p->owner_scale = 65536 / p->own + 1;
     if constexpr (MODE != STEP_MODE_X)
         if (warpgroups == 2)
             return launch_quads<MODE, 2>(device, p);
     return launch_quads<MODE, 1>(device, p);
 }
 
-static int launch_head(struct kernel_device *device, struct step_wide_linear *p)
+template <bool RESIDENT> static int launch_head(struct kernel_device *device, struct step_wide_linear *p)
 {
-    using L = layout<2>;
+    using L = layout<2, RESIDENT>;
     const int tiles = (int)divide_up(p->m, L::M), groups = (int)divide_up(p->rows, GROUP);
-    const int most = 2 * device->multiprocessors / groups;
-    p->stages = (device->shared_bytes / 2 - 4096) / L::STAGE;
-    if (p->stages > STAGES_MOST)
-        p->stages = STAGES_MOST;
-    const size_t shared = (size_t)p->stages * L::STAGE + 1024;
-    int status =
-        cuda_check(device, cudaFuncSetAttribute(wide_head_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                (int)shared));
+    const int most = device->multiprocessors / groups, k_blocks = (int)divide_up(p->k, TILE_K);
+    const int resident = RESIDENT ? k_blocks * BOX : 0, room = device->shared_bytes - 2048 - resident;
+    if (RESIDENT && room < 4 * L::STAGE)
+        return launch_head<false>(device, p);
+    p->stages = room / L::STAGE < STAGES_MOST ? room / L::STAGE : STAGES_MOST;
+    const size_t shared = (size_t)(p->stages * L::STAGE + resident) + 1024;
+    auto kernel = wide_head_kernel<RESIDENT>;
+    int status = cuda_check(
+        device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     if (status != KERNEL_OK)
         return status;
     dim3 grid((unsigned)(tiles < most ? tiles : most), (unsigned)groups);
-    return step_launch(device, wide_head_kernel, grid, L::THREADS + WARP, shared, 1, true, *p);
+    return step_launch(device, kernel, grid, L::THREADS + WARP, shared, 1, true, *p);
 }
 
 int step_wide_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p)
 {
-    if (mode == STEP_MODE_HEAD)
-        return launch_head(device, p);
-    return mode == STEP_MODE_IN  ? launch_mode<STEP_MODE_IN>(device, p)
-           : mode == STEP_MODE_X ? launch_mode<STEP_MODE_X>(device, p)
-                                 : launch_mode<STEP_MODE_OUT>(device, p);
+    return mode == STEP_MODE_IN    ? launch_mode<STEP_MODE_IN>(device, p)
+           : mode == STEP_MODE_X   ? launch_mode<STEP_MODE_X>(device, p)
+           : mode == STEP_MODE_OUT ? launch_mode<STEP_MODE_OUT>(device, p)
+                                   : launch_head<true>(device, p);
 }

@@ -3,8 +3,8 @@
  *
  * A block of the scan has STEP_SCAN_CHANNELS channels and takes its sequences 8 at a time, one to a warp; a lane has 4
  * channels of 4 of the 16 states. States travel through a ring of stages in shared memory, the first of them before the
- * wait for the kernel in front, so that they are there when the turn comes. dt_proj's rows of the block stay in
- * registers. */
+ * wait for the kernel in front, so that they are there when the turn comes. So do
+ * dt_proj's rows and A. */
 #include "kernels/cuda/step_wide.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -17,6 +17,7 @@ enum {
     DT_WARPS = WARPS / (CHANNELS / 16), /* share dt_low */
     DT_BLOCKS = 2,                      /* of 32 elements of it, a warp */
     PAD = 4,                            /* floats behind a row of x_dbl */
+    W_PAD = 8,                          /* elements behind a row of weights */
 };
 static_assert(DT_WARPS * DT_BLOCKS * 32 == STEP_DT_RANK, "");
 static_assert(WARPS == SEQUENCES, "a warp a sequence");
@@ -145,12 +146,22 @@ template <int PENDING> static __device__ __forceinline__ void copies_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-/* The adapter's part of dt for this lane's channels. */
-static __device__ __forceinline__ void add_low_rank(const struct step_lora &lora, const float *a,
-                                                    const float *b, const float *x_dbl, int dt_rank,
-                                                    float (&dt)[LANE_CHANNELS])
+/* Of four values in each of four groups of lanes: the sum over the groups of the value that has this group's number. */
+static __device__ __forceinline__ float sum_of_groups(const float (&v)[LANE_CHANNELS], int group)
+{
+    const bool upper = group & 2, odd = group & 1;
+    float low = (upper ? v[2] : v[0]) + __shfl_xor_sync(0xffffffffu, upper ? v[0] : v[2], 16);
+    float high = (upper ? v[3] : v[1]) + __shfl_xor_sync(0xffffffffu, upper ? v[1] : v[3], 16);
+    return (odd ? high : low) + __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
+}
+
+/* The adapter's part of dt for one channel of this lane's; a and b: the factors, b of that channel. */
+static __device__ __forceinline__ float low_rank_dt(const struct step_lora &lora, const float *a,
+                                                    const float *b, const float *x_dbl, int dt_rank)
 {
     const int lane = threadIdx.x % WARP;
+    float dt = 0.0f;
+#pragma unroll 1
     for (int first = 0; first < lora.rank; first += 8) { /* 8 ranks at once, 4 lanes each */
         float u = 0.0f;
         if (first + lane / 4 < lora.rank) {
@@ -165,18 +176,16 @@ static __device__ __forceinline__ void add_low_rank(const struct step_lora &lora
         u += __shfl_xor_sync(0xffffffffu, u, 2);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float one = lora.scale * __shfl_sync(0xffffffffu, u, 4 * j);
-            if (first + j < lora.rank) {
-#pragma unroll
-                for (int i = 0; i < LANE_CHANNELS; i++)
-                    dt[i] = fmaf(one, b[i * lora.rank + first + j], dt[i]);
-            }
+            float one = __shfl_sync(0xffffffffu, u, 4 * j);
+            if (first + j < lora.rank)
+                dt = fmaf(one, b[first + j], dt);
         }
     }
+    return lora.scale * dt;
 }
 
 template <int STAGES, bool ADAPTED>
-static __global__ void __launch_bounds__(STEP_THREADS, 3)
+static __global__ void __launch_bounds__(STEP_THREADS, 4)
     wide_scan_kernel(const __grid_constant__ struct step_wide_scan p)
 {
 #if STEP_HOPPER
@@ -186,6 +195,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
     const int first = blockIdx.x * CHANNELS;
     const int quad = lane % (CHANNELS / LANE_CHANNELS) * LANE_CHANNELS, channel = first + quad;
     const int state_group = lane / (CHANNELS / LANE_CHANNELS), state0 = state_group * LANE_STATES;
+    /* The one of its channels that a lane finishes. */
+    const int own = quad + state_group, single = first + own;
     step_release();
 
     const int rows = p.header->rows, groups = p.rows / SEQUENCES;
@@ -206,9 +217,22 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
             copy_states(p, stage_of(begin + i), n, first);
         copies_commit();
     }
+    float *rates = reinterpret_cast<float *>(memory + STAGES * bytes); /* A [STATE][CHANNELS] */
+    step_type *weights =
+        reinterpret_cast<step_type *>(rates + STEP_STATE * CHANNELS); /* [CHANNELS][rank + W_PAD] */
+    const int weight_stride = p.rank + W_PAD;
+    for (int i = threadIdx.x; i < STEP_STATE * CHANNELS / 4; i += STEP_THREADS)
+        step_copy(rates + i * 4,
+                  p.a + (int64_t)(i / (CHANNELS / 4)) * p.inner + first + i % (CHANNELS / 4) * 4);
+    for (int row = warp; row < CHANNELS; row += WARPS)
+        for (int i = lane * 8; i < p.rank; i += WARP * 8)
+            step_copy(weights + row * weight_stride + i, p.dt_proj + (int64_t)(first + row) * p.rank + i);
+    /* This warp's share of dt: 16 channels, and every DT_WARPS-th block of 32 elements of dt_low. */
+    const int dt_channels = warp % (CHANNELS / 16) * 16, dt_share = warp / (CHANNELS / 16);
+    const step_type *weight = weights + (dt_channels + g) * weight_stride;
     /* Of one adapter: A [rank][dt_rank] and B [channels][rank] of dt_proj, A [rank][channels] of out_proj. */
-    float *dt_b = reinterpret_cast<float *>(memory + STAGES * bytes), *out_a = dt_b + STEP_AHEAD * CHANNELS,
-          *dt_a = out_a + STEP_AHEAD * CHANNELS;
+    float *dt_b = reinterpret_cast<float *>(weights + CHANNELS * weight_stride),
+          *out_a = dt_b + STEP_AHEAD * CHANNELS, *dt_a = out_a + STEP_AHEAD * CHANNELS;
     const int main =
         ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD ? p.header->main : -1;
     if (main >= 0) {
@@ -224,26 +248,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
                 step_copy(out_a + j * CHANNELS + at, ahead.a[STEP_OUT] + (int64_t)j * p.inner + first + at);
             }
     }
-    uint4 weights[DT_BLOCKS][2];
-    /* This warp's share of dt: 16 channels, and every DT_WARPS-th block of 32 elements of dt_low. */
-    const int dt_channels = warp % (CHANNELS / 16) * 16, dt_share = warp / (CHANNELS / 16);
-    const step_type *weight = p.dt_proj + (int64_t)(first + dt_channels + g) * p.rank;
-#pragma unroll
-    for (int i = 0; i < DT_BLOCKS; i++) {
-        int at = (dt_share + i * DT_WARPS) * 32 + q * 8;
-        weights[i][0] = at < p.rank ? step_load_weight(weight + at) : make_uint4(0, 0, 0, 0);
-        weights[i][1] =
-            at < p.rank ? step_load_weight(weight + at + 8 * (int64_t)p.rank) : make_uint4(0, 0, 0, 0);
-    }
-    float rate[LANE_STATES][LANE_CHANNELS];
-#pragma unroll
-    for (int i = 0; i < LANE_STATES; i++) {
-        *reinterpret_cast<float4 *>(rate[i]) = load4(p.a + (int64_t)(state0 + i) * p.inner + channel);
-#pragma unroll
-        for (int j = 0; j < LANE_CHANNELS; j++)
-            rate[i][j] *= LOG2_E;
-    }
-    const float4 bias = load4(p.dt_bias + channel), skip = load4(p.d + channel);
+    const float bias = p.dt_bias[single], skip = p.d[single];
 
     step_wait();
 
@@ -266,11 +271,15 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
         const float *low = in->x_dbl + g * (p.width + PAD);
 #pragma unroll
         for (int i = 0; i < DT_BLOCKS; i++) {
-            int k = (dt_share + i * DT_WARPS) * 32 + q * 8;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (at * SEQUENCES + g < rows && k < p.rank)
-                v = load_rounded(low + k);
-            step_multiply_32(acc, weights[i][0], weights[i][1], v);
+            const int k = (dt_share + i * DT_WARPS) * 32 + q * 8;
+            uint4 v = make_uint4(0, 0, 0, 0), upper = v, lower = v;
+            if (k < p.rank) {
+                upper = *reinterpret_cast<const uint4 *>(weight + k);
+                lower = *reinterpret_cast<const uint4 *>(weight + 8 * weight_stride + k);
+                if (at * SEQUENCES + g < rows)
+                    v = load_rounded(low + k);
+            }
+            step_multiply_32(acc, upper, lower, v);
         }
         dts[dt_share][2 * q][dt_channels + g] = acc[0];
         dts[dt_share][2 * q + 1][dt_channels + g] = acc[1];
@@ -282,27 +291,27 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
             const float *x_dbl = in->x_dbl + warp * (p.width + PAD);
             const int adapter = ADAPTED ? p.header->adapters[n] : -1;
             const struct step_lora *lora = adapter >= 0 ? &p.lora[adapter] : NULL;
-            float dt[LANE_CHANNELS], x[LANE_CHANNELS], y[LANE_CHANNELS] = {};
-            *reinterpret_cast<float4 *>(dt) = bias;
+            float delta = bias;
 #pragma unroll
-            for (int share = 0; share < DT_WARPS; share++) {
-                float4 part = load4(&dts[share][warp][quad]);
-                dt[0] += part.x, dt[1] += part.y, dt[2] += part.z, dt[3] += part.w;
-            }
+            for (int share = 0; share < DT_WARPS; share++)
+                delta += dts[share][warp][own];
             if (lora != NULL && lora->b[STEP_DT] != NULL) /* a warp's sequence has one adapter */
-                add_low_rank(*lora, adapter == main ? dt_a : lora->a[STEP_DT],
-                             adapter == main ? dt_b + quad * lora->rank
-                                             : lora->b[STEP_DT] + (int64_t)channel * lora->rank,
-                             x_dbl, p.rank, dt);
+                delta += low_rank_dt(*lora, adapter == main ? dt_a : lora->a[STEP_DT],
+                                     adapter == main ? dt_b + own * lora->rank
+                                                     : lora->b[STEP_DT] + (int64_t)single * lora->rank,
+                                     x_dbl, p.rank);
+            delta = softplus(delta);
+            float dt[LANE_CHANNELS], dtx[LANE_CHANNELS], y[LANE_CHANNELS] = {};
             union {
                 uint2 raw;
                 step_type v[LANE_CHANNELS];
-            } rounded;
-            rounded.raw = *reinterpret_cast<const uint2 *>(&in->xc[warp][quad]);
+            } x;
+            x.raw = *reinterpret_cast<const uint2 *>(&in->xc[warp][quad]);
 #pragma unroll
             for (int i = 0; i < LANE_CHANNELS; i++) {
-                x[i] = to_float(rounded.v[i]);
-                dt[i] = softplus(dt[i]);
+                dt[i] = __shfl_sync(0xffffffffu, delta, lane % 8 + 8 * i);
+                dtx[i] = dt[i] * to_float(x.v[i]);
+                dt[i] *= LOG2_E;
             }
             float b[LANE_STATES], c[LANE_STATES];
             *reinterpret_cast<float4 *>(b) = load4(x_dbl + p.rank + state0);
@@ -310,41 +319,34 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
             float *state = p.states + p.header->slots[n] * p.slot_stride + channel;
 #pragma unroll
             for (int s = 0; s < LANE_STATES; s++) {
-                float h[LANE_CHANNELS];
+                float h[LANE_CHANNELS], rate[LANE_CHANNELS];
+                *reinterpret_cast<float4 *>(rate) = load4(rates + (state0 + s) * CHANNELS + quad);
                 *reinterpret_cast<float4 *>(h) = load4(&in->states[warp][state0 + s][quad]);
 #pragma unroll
                 for (int i = 0; i < LANE_CHANNELS; i++) {
-                    h[i] = fmaf(exp2_fast(dt[i] * rate[s][i]), h[i], dt[i] * b[s] * x[i]);
+                    h[i] = fmaf(exp2_fast(dt[i] * rate[i]), h[i], dtx[i] * b[s]);
                     y[i] = fmaf(c[s], h[i], y[i]);
                 }
                 *reinterpret_cast<float4 *>(state + (int64_t)(state0 + s) * p.inner) =
                     *reinterpret_cast<float4 *>(h);
             }
-            const float4 z = load4(&in->z[warp][quad]);
+            const float sum = sum_of_groups(y, state_group);
+            const step_type result =
+                from_float<step_type>(fmaf(skip, to_float(in->xc[warp][own]), sum) * silu(in->z[warp][own]));
+            p.y[(int64_t)n * p.inner + single] = result;
+            if (lora != NULL && lora->a[STEP_OUT] != NULL) {
+                const float *factor = adapter == main ? out_a + own : lora->a[STEP_OUT] + single;
+                const int64_t stride = adapter == main ? (int64_t)CHANNELS : p.inner;
+#pragma unroll 1
+                for (int j = 0; j < lora->rank; j += 8) {
+                    float products[8];
 #pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++) {
-                y[i] += __shfl_xor_sync(0xffffffffu, y[i], 8);
-                y[i] += __shfl_xor_sync(0xffffffffu, y[i], 16);
-                float gate = silu(reinterpret_cast<const float *>(&z)[i]);
-                rounded.v[i] =
-                    from_float<step_type>(fmaf(reinterpret_cast<const float *>(&skip)[i], x[i], y[i]) * gate);
-            }
-            if (state_group == 0)
-                *reinterpret_cast<uint2 *>(p.y + (int64_t)n * p.inner + channel) = rounded.raw;
-            if (lora != NULL && lora->a[STEP_OUT] != NULL) { /* the groups share the ranks */
-                for (int j = state_group; j < (lora->rank + 3) / 4 * 4; j += 4) {
-                    float sum = 0.0f;
-                    if (j < lora->rank) {
-                        float4 a =
-                            load4(adapter == main ? out_a + j * CHANNELS + quad
-                                                  : lora->a[STEP_OUT] + (int64_t)j * p.inner + channel);
-                        sum = to_float(rounded.v[0]) * a.x + to_float(rounded.v[1]) * a.y +
-                              to_float(rounded.v[2]) * a.z + to_float(rounded.v[3]) * a.w;
-                    }
-                    for (int step = 1; step < 8; step *= 2)
-                        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-                    if (quad == 0 && j < lora->rank)
-                        p.next_u.values[((int64_t)blockIdx.x * p.rows + n) * STEP_RANK + j] = sum;
+                    for (int i = 0; i < 8; i++)
+                        products[i] = j + i < lora->rank ? to_float(result) * factor[(j + i) * stride] : 0.0f;
+                    float u = scatter_sum<WARP>(products);
+                    int at_rank = j + scattered_index<WARP>();
+                    if (lane % (WARP / 8) == 0 && at_rank < lora->rank)
+                        p.next_u.values[((int64_t)blockIdx.x * p.rows + n) * STEP_RANK + at_rank] = u;
                 }
             }
         }
@@ -376,7 +378,9 @@ template <int STAGES, bool ADAPTED>
 static int launch(struct kernel_device *device, const struct step_wide_scan *p, int splits)
 {
     const size_t factors = ADAPTED ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
-    const size_t shared = STAGES * stage_bytes(p->width) + factors;
+    const size_t weights =
+        STEP_STATE * CHANNELS * sizeof(float) + CHANNELS * ((size_t)p->rank + W_PAD) * sizeof(step_type);
+    const size_t shared = STAGES * stage_bytes(p->width) + weights + factors;
     auto kernel = wide_scan_kernel<STAGES, ADAPTED>;
     int status = cuda_check(
         device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
