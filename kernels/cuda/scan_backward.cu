@@ -12,7 +12,7 @@
  * those up in a fixed order. */
 #include <type_traits>
 
-#include "kernels/cuda/scan.cuh"
+#include "kernels/cuda/scan_backward.cuh"
 
 namespace
 {
@@ -54,12 +54,6 @@ __device__ __forceinline__ int place_of(int channel)
 {
     return channel ^ (channel >> 3 & 3);
 }
-
-/* Where the results go that are not yet sums of everything. */
-struct parts {
-    float *tokens;   /* [channel blocks][tokens][dB | dC], STATES of each */
-    float *channels; /* [spans][dA_log (channels x d_state) | dD | dbias], or NULL */
-};
 
 /* ---- a chunk in ---- */
 
@@ -484,7 +478,7 @@ __device__ __forceinline__ void store_sums(const struct scan_backward_args &a, s
 template <typename T, typename SHAPE, bool WHOLE, bool SUMS>
 __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
     backward_kernel(struct scan_backward_args a, struct scan_spans spans, const float *gradients,
-                    struct parts parts)
+                    struct scan_parts parts)
 {
     constexpr int S = SHAPE::LANE_STATES;
     extern __shared__ __align__(16) unsigned char raw[];
@@ -627,10 +621,10 @@ __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
         deltas[span.index * a.channels + c] = delta_sum;
 }
 
-/* db and dc: the sums over the blocks of channels, four at a time. */
+/* db and dc: the sums over the blocks of channels, times scale, four at a time. */
 template <typename T, typename SHAPE>
 __global__ void __launch_bounds__(SUM_THREADS)
-    sum_kernel(struct scan_backward_args a, const float *parts, int blocks)
+    sum_kernel(struct scan_backward_args a, const float *parts, int blocks, float scale)
 {
     constexpr int FOURS = 2 * SHAPE::STATES / 4;
     int64_t i = (int64_t)blockIdx.x * SUM_THREADS + threadIdx.x, count = a.tokens * FOURS;
@@ -643,7 +637,6 @@ __global__ void __launch_bounds__(SUM_THREADS)
         const float4 v = from[j * count];
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
-    float scale = is_bf16<T> ? CUT_LOSS : 1.0f;
     const float sums[4] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
     int64_t t = i / FOURS, n = i % FOURS * 4;
     bool is_c = n >= SHAPE::STATES;
@@ -697,17 +690,26 @@ int launch(struct kernel_device *device, const struct scan_backward_args &a, con
         scan_carry_kernel<true><<<carries, SUM_THREADS, 0, device->stream>>>(
             spans, a.a, a.channels, a.d_state, none, workspace + l.deltas, gradients);
     }
-    int status = cuda_check(device, cudaFuncSetAttribute(backward_kernel<T, SHAPE, WHOLE, SUMS>,
+    struct scan_parts parts = {workspace + l.tokens, workspace + l.channels};
+    dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
+    int status = KERNEL_OK;
+    bool tiles = WHOLE && cuda_scan_backward_tiles_fit(device, a);
+    if (tiles) {
+        static_assert(!WHOLE || (SHAPE::CHANNELS == SCAN_PARTS_CHANNELS && SHAPE::STATES == 16),
+                      "the same partial sums");
+        status = cuda_scan_backward_tiles(device, a, spans, gradients, parts, SUMS);
+    } else {
+        status = cuda_check(device, cudaFuncSetAttribute(backward_kernel<T, SHAPE, WHOLE, SUMS>,
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        if (status == KERNEL_OK)
+            backward_kernel<T, SHAPE, WHOLE, SUMS>
+                <<<grid, SHAPE::THREADS, bytes, device->stream>>>(a, spans, gradients, parts);
+    }
     if (status != KERNEL_OK)
         return status;
-    struct parts parts = {workspace + l.tokens, workspace + l.channels};
-    dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
-    backward_kernel<T, SHAPE, WHOLE, SUMS>
-        <<<grid, SHAPE::THREADS, bytes, device->stream>>>(a, spans, gradients, parts);
     int64_t fours = a.tokens * 2 * SHAPE::STATES / 4;
     sum_kernel<T, SHAPE><<<(unsigned)divide_up(fours, SUM_THREADS), SUM_THREADS, 0, device->stream>>>(
-        a, workspace + l.tokens, (int)grid.y);
+        a, workspace + l.tokens, (int)grid.y, is_bf16<T> && !tiles ? CUT_LOSS : 1.0f);
     return cuda_launched(device);
 }
 
