@@ -17,7 +17,43 @@
 int cuda_tile_map(CUtensorMap *ret_map, const void *matrix, int64_t rows, int64_t columns, int64_t stride,
                   int box_rows, enum kernel_type type);
 
+/* A launch that may begin while the kernel in front of it ends, with so many bytes of dynamic shared memory and blocks of a
+ * cluster. The kernel calls chain_wait() before it touches memory that others use. */
+template <typename... Parameters, typename... Arguments>
+static inline int cuda_launch_chained(struct kernel_device *device, void (*kernel)(Parameters...), dim3 grid,
+                                      int threads, int shared, int cluster, const Arguments &...arguments)
+{
+    int status =
+        cuda_check(device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    if (status != KERNEL_OK)
+        return status;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = (unsigned)cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared;
+    config.stream = device->stream;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+    return cuda_check(device, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 /* ---- device ---- */
+
+/* Until the kernels in front are done; the one behind may start from now on, and wait in its turn. */
+static __device__ __forceinline__ void chain_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n"
+                 "griddepcontrol.launch_dependents;" ::
+                     : "memory");
+#endif
+}
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CUDA_HOPPER 1
@@ -66,6 +102,27 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *barrier, unsigned 
                  : "memory");
 }
 
+/* All threads of the blocks of a cluster. */
+static __device__ __forceinline__ void cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+/* Where one is in a ring of tiles: the barriers' phase changes from round to round. */
+struct tile_ring {
+    int stage;
+    uint32_t phase;
+    __device__ __forceinline__ void next(int stages)
+    {
+        if (++stage == stages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
 /* Brings the box whose first element is at (row, column); its bytes count towards the barrier. */
 static __device__ __forceinline__ void tile_load(void *to, const CUtensorMap *map, int column, int row,
                                                  uint64_t *barrier)
@@ -73,6 +130,15 @@ static __device__ __forceinline__ void tile_load(void *to, const CUtensorMap *ma
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+/* Takes the box there; one of the thread's bulk group. */
+static __device__ __forceinline__ void tile_store(const CUtensorMap *map, const void *from, int column,
+                                                  int row)
+{
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(column), "r"(row)
                  : "memory");
 }
 

@@ -62,13 +62,6 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, uint32_t ra
                  : "memory");
 }
 
-__device__ __forceinline__ void cluster_sync()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-}
-
 /* Of one consumer's threads. */
 __device__ __forceinline__ void consumer_sync(int consumer)
 {
@@ -96,13 +89,6 @@ __device__ __forceinline__ void tile_load_shared(void *to, const CUtensorMap *ma
         " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
         "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((uint16_t)3)
         : "memory");
-}
-
-__device__ __forceinline__ void tile_store(const CUtensorMap *map, const void *from, int column, int row)
-{
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-                 "r"(shared_address(from)), "r"(column), "r"(row)
-                 : "memory");
 }
 
 /* ---- the tensor cores ---- */
@@ -191,18 +177,6 @@ __device__ __forceinline__ struct position position_of(const struct sizes &s, in
     return p;
 }
 
-struct ring {
-    int stage;
-    uint32_t phase;
-    __device__ __forceinline__ void next()
-    {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
 struct shared {
     unsigned char *tiles, *c;
     uint64_t *full, *empty; /* [STAGES] */
@@ -217,11 +191,11 @@ __device__ __forceinline__ void produce(const struct sizes &s, const struct shar
 {
     const int rank = (int)cluster_rank(), steps = (s.k + TILE_K - 1) / TILE_K,
               steps2 = (s.k2 + TILE_K - 1) / TILE_K;
-    struct ring ring = {0, 1}; /* everything is empty at first */
+    struct tile_ring ring = {0, 1}; /* everything is empty at first */
     for (int tile = blockIdx.x / CLUSTER; tile < s.tiles_m * s.tiles_n; tile += gridDim.x / CLUSTER) {
         struct position at = position_of(s, tile);
         int row = (at.m * CLUSTER + rank) * TILE_M, column = at.n * TILE_N;
-        for (int i = 0; i < steps + steps2; i++, ring.next()) {
+        for (int i = 0; i < steps + steps2; i++, ring.next(STAGES)) {
             const CUtensorMap *left = i < steps ? a : a2, *right = i < steps ? b : b2;
             int k = (i < steps ? i : i - steps) * TILE_K;
             uint64_t *full = &shared.full[ring.stage];
@@ -295,7 +269,7 @@ __device__ __forceinline__ void consume(const struct sizes &s, const struct shar
               steps2 = (s.k2 + TILE_K - 1) / TILE_K;
     const int thread = threadIdx.x % WARPGROUP, warp = thread / WARP, lane = thread % WARP;
     unsigned char *const mine = shared.c + consumer * (C_BYTES / CONSUMERS);
-    struct ring ring = {0, 0};
+    struct tile_ring ring = {0, 0};
     uint32_t old_phase = 0;
     for (int tile = blockIdx.x / CLUSTER; tile < s.tiles_m * s.tiles_n; tile += gridDim.x / CLUSTER) {
         float d[ACCUMULATORS];
@@ -308,7 +282,7 @@ __device__ __forceinline__ void consume(const struct sizes &s, const struct shar
                 tile_load(mine + box * C_BOX_BYTES, c, column + box * BOX, row, &shared.old[consumer]);
         }
         int before = -1; /* the stage whose products may still be under way */
-        for (int i = 0; i < steps + steps2; i++, ring.next()) {
+        for (int i = 0; i < steps + steps2; i++, ring.next(STAGES)) {
             const unsigned char *a =
                 shared.tiles + ring.stage * STAGE_BYTES + consumer * (A_BYTES / CONSUMERS);
             const unsigned char *b = shared.tiles + ring.stage * STAGE_BYTES + A_BYTES;
@@ -378,6 +352,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         barrier_inits_done();
     }
     cluster_sync();
+    chain_wait();
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
         if (threadIdx.x == 0)
@@ -402,24 +377,10 @@ template <typename T, bool TRANSPOSED>
 int launch(struct kernel_device *device, const CUtensorMap (&maps)[5], const struct sizes &s)
 {
     auto kernel = product_kernel<T, TRANSPOSED>;
-    int status = cuda_check(
-        device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    if (status != KERNEL_OK)
-        return status;
     int tiles = s.tiles_m * s.tiles_n, clusters = device->multiprocessors / CLUSTER;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = CLUSTER;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)((tiles < clusters ? tiles : clusters) * CLUSTER));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = SHARED_BYTES;
-    config.stream = device->stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cuda_check(device,
-                      cudaLaunchKernelEx(&config, kernel, maps[0], maps[1], maps[2], maps[3], maps[4], s));
+    dim3 grid((unsigned)((tiles < clusters ? tiles : clusters) * CLUSTER));
+    return cuda_launch_chained(device, kernel, grid, THREADS, SHARED_BYTES, CLUSTER, maps[0], maps[1],
+                               maps[2], maps[3], maps[4], s);
 }
 
 /* Whether the clusters have nearly as much to do as each other. */

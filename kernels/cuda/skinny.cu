@@ -12,9 +12,7 @@
  * alone. */
 #include "kernels/cuda/skinny.cuh"
 
-#include <type_traits>
-
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace
 {
@@ -60,49 +58,6 @@ struct parameters {
 };
 
 #if CUDA_HOPPER
-
-/* ---- instructions ---- */
-
-template <typename T>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    if constexpr (std::is_same<T, __half>::value)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/* Sixteen by sixteen elements of a box as a product's left factor, or their transpose. The box's 16-byte pieces are
- * permuted by the last three bits of their row. */
-template <bool TRANSPOSED>
-__device__ __forceinline__ void load_fragment(uint32_t box, int lane, int piece, uint32_t (&a)[4])
-{
-    int row = TRANSPOSED ? lane % 8 + lane / 16 * 8 : lane % 16;
-    piece += TRANSPOSED ? lane / 8 % 2 : lane / 16;
-    uint32_t at = box + row * ROW_BYTES + ((piece ^ (row % 8)) * 16);
-    if constexpr (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                     : "r"(at));
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                     : "r"(at));
-}
-
-template <typename T> __device__ __forceinline__ uint32_t pair_of(T low, T high)
-{
-    T both[2] = {low, high};
-    uint32_t r;
-    memcpy(&r, both, sizeof(r));
-    return r;
-}
 
 /* ---- right factors, in registers ---- */
 
@@ -157,18 +112,6 @@ struct shared {
     uint64_t *full, *empty;
 };
 
-struct ring {
-    int stage;
-    uint32_t phase;
-    __device__ __forceinline__ void next(int stages)
-    {
-        if (++stage == stages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
 /* One thread: asks for the tiles of this block's rows. */
 __device__ __forceinline__ void produce(const struct parameters &p, const struct shared &shared,
                                         const CUtensorMap *map, int64_t column, int boxes, int64_t row,
@@ -176,7 +119,7 @@ __device__ __forceinline__ void produce(const struct parameters &p, const struct
 {
     int step = p.groups * STEP, bytes = step * ROW_BYTES;
     int inside = (int)min((int64_t)boxes, divide_up(p.columns - column, BOX));
-    struct ring ring = {0, 1}; /* everything is empty at first */
+    struct tile_ring ring = {0, 1}; /* everything is empty at first */
     for (; row < end; row += step, ring.next(p.stages)) {
         barrier_wait(&shared.empty[ring.stage], ring.phase);
         barrier_expect(&shared.full[ring.stage], inside * bytes);
@@ -241,7 +184,7 @@ __device__ __forceinline__ void consume(const struct parameters &p, const struct
         load_low<T, TILES>(p, row + group * STEP, lane, low);
     float gradient[OUTER ? BOXES : 1][4][TILES][4] = {};
 
-    struct ring ring = {0, 0};
+    struct tile_ring ring = {0, 0};
     /* A buffer of sums is written again two barriers after it was read, so one barrier a step is enough. */
     for (int buffer = 0; row < end; row += step, ring.next(p.stages), buffer ^= 1) {
         if constexpr (OUTER)
@@ -261,13 +204,13 @@ __device__ __forceinline__ void consume(const struct parameters &p, const struct
                     load_fragment<false>(box, lane, 2 * k, a);
 #pragma unroll
                     for (int n = 0; n < TILES; n++)
-                        multiply<T>(sum[n], a, weights[j][n][k][0], weights[j][n][k][1]);
+                        multiply_fragment<T>(sum[n], a, weights[j][n][k][0], weights[j][n][k][1]);
                 }
                 if constexpr (OUTER) {
                     load_fragment<true>(box, lane, 2 * k, a);
 #pragma unroll
                     for (int n = 0; n < TILES; n++)
-                        multiply<T>(gradient[j][k][n], a, low[n][0], low[n][1]);
+                        multiply_fragment<T>(gradient[j][k][n], a, low[n][0], low[n][1]);
                 }
             }
         }
@@ -332,6 +275,7 @@ __global__ void __launch_bounds__((CONSUMERS_MOST + 1) * WARP, 1)
         barrier_inits_done();
     }
     __syncthreads();
+    chain_wait();
     if (threadIdx.x / WARP < consumers) {
         for (int64_t i = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * consumers * WARP + threadIdx.x;
              i < p.pack_count; i += (int64_t)gridDim.x * gridDim.y * consumers * WARP)
@@ -376,6 +320,7 @@ __global__ void __launch_bounds__(ADD_ELEMENTS *ADD_SLICES)
 {
     __shared__ float shared[ADD_SLICES][ADD_ELEMENTS];
     int slice = threadIdx.x / ADD_ELEMENTS;
+    chain_wait();
     if (blockIdx.x < gradient_blocks) {
         int64_t element = (int64_t)blockIdx.x * ADD_ELEMENTS + threadIdx.x % ADD_ELEMENTS;
         float sum = add_parts(gradient_sums, element, slice, shared);
@@ -437,13 +382,8 @@ int launch_kernel(struct kernel_device *device, const struct partition &part, co
     int sums = PROJECT ? 2 * CONSUMERS_MOST * TILES * FRAGMENT * (int)sizeof(float) : 0;
     int shared = part.stages * part.side * BOXES * part.groups * STEP * ROW_BYTES + sums +
                  2 * STAGES_MOST * (int)sizeof(uint64_t) + 1024;
-    int status =
-        cuda_check(device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    if (status != KERNEL_OK)
-        return status;
-    kernel<<<dim3((unsigned)part.across, (unsigned)part.down), (part.side * part.groups + 1) * WARP, shared,
-             device->stream>>>(map, p);
-    return cuda_launched(device);
+    return cuda_launch_chained(device, kernel, dim3((unsigned)part.across, (unsigned)part.down),
+                               (part.side * part.groups + 1) * WARP, shared, 1, map, p);
 }
 
 template <typename T, int TILES, int BOXES>
@@ -480,9 +420,9 @@ int add(struct kernel_device *device, int tiles, const struct partition &part, c
     unsigned low_blocks = (unsigned)divide_up(low.count, ADD_ELEMENTS * ADD_SLICES);
     if (gradient_blocks + low_blocks == 0)
         return KERNEL_OK;
-    add_kernel<<<gradient_blocks + low_blocks, ADD_ELEMENTS * ADD_SLICES, 0, device->stream>>>(
-        gradient, gradient_blocks, s->scale, s->by_column, s->columns, s->gradient, low, (T *)s->low_out);
-    return cuda_launched(device);
+    return cuda_launch_chained(device, add_kernel<T>, dim3(gradient_blocks + low_blocks),
+                               ADD_ELEMENTS * ADD_SLICES, 0, 1, gradient, gradient_blocks, s->scale,
+                               s->by_column, s->columns, s->gradient, low, (T *)s->low_out);
 }
 
 template <typename T>
