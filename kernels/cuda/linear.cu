@@ -3,15 +3,18 @@
  *     y = x W^T + bias + s u B^T,  u = dropout(x) A^T
  *     du = s dy B,  dx = dy W + mask * (du A),  dW += dy^T x,  dB += s dy^T u,  dA += du^T dropout(x)
  *
- * The wide products are cuBLAS's, and on Hopper in 16 bits joint.cu's, which adds the adapter's part of y or dx on the
- * way. Elsewhere that part is written first, which costs no reading, and the wide product adds itself to it. u, du, dB and dA read a matrix of activations for a few columns: skinny.cu does so at
- * the speed of memory for small ranks in 16 bits; other ranks and types are products like all others; under dropout
- * lora.cu draws the mask again for each of them.
+ * Where one side is narrow and the rank small, on Hopper in 16 bits, narrow.cu and widen.cu do all of a forward or a
+ * backward in one pass. The wide products are cuBLAS's, and on Hopper in 16 bits joint.cu's, which adds the adapter's
+ * part of y or dx on the way. Elsewhere that part is written first, which costs no reading, and the wide product adds
+ * itself to it. u, du, dB and dA read a matrix of activations for a few columns: skinny.cu does so at the speed of
+ * memory for small ranks in 16 bits; other ranks and types are products like all others; under dropout lora.cu draws
+ * the mask again for each of them.
  *
  * Adapters are fp32 and are rounded to the type of the activations on the way into a product. */
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/joint.cuh"
 #include "kernels/cuda/low_rank.cuh"
+#include "kernels/cuda/narrow.cuh"
 #include "kernels/cuda/skinny.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -41,7 +44,7 @@ int64_t larger(int64_t a, int64_t b)
 struct workspace {
     void *factor; /* A or B in the type of the activations */
     void *du;     /* [rows,rank], likewise */
-    void *skinny;
+    void *parts;  /* skinny.cu's and narrow.cu's */
 };
 
 struct workspace workspace_of(void *base, int64_t rows, const struct linear_layer *l)
@@ -52,7 +55,7 @@ struct workspace workspace_of(void *base, int64_t rows, const struct linear_laye
     at += round_up(larger(l->in, l->out) * l->rank * (int64_t)sizeof(float));
     w.du = at;
     at += round_up(rows * l->rank * (int64_t)sizeof(float));
-    w.skinny = at;
+    w.parts = at;
     return w;
 }
 
@@ -195,7 +198,7 @@ int make_u(struct kernel_device *device, const struct linear_forward_args *f, co
         s.scale = 1.0f;
         s.weights = l->a;
         s.low_out = f->u;
-        s.workspace = w->skinny;
+        s.workspace = w->parts;
         s.pack = l->b, s.pack_to = w->factor, s.pack_scale = l->scale, s.pack_count = count;
         return cuda_skinny(device, &s);
     } else {
@@ -210,12 +213,36 @@ int make_u(struct kernel_device *device, const struct linear_forward_args *f, co
     return status;
 }
 
+/* All in one pass, where it can. */
+bool narrow_forward(struct kernel_device *device, const struct linear_forward_args *f, int *ret_status)
+{
+    const struct linear_layer *l = &f->layer;
+    if (l->dropout > 0.0f || l->bias != NULL || l->weight_type != f->act)
+        return false;
+    struct narrow_layer n = {};
+    n.rows = f->rows, n.k = l->in, n.n = l->out, n.rank = l->rank;
+    n.x = f->x, n.x_stride = f->x_stride;
+    n.weight = l->weight, n.transposed = true;
+    n.y = f->y, n.y_stride = f->y_stride;
+    n.first = l->a, n.first_scale = 1.0f;
+    n.second = l->b, n.second_scale = l->scale;
+    n.middle = f->u;
+    n.act = f->act;
+    if (!cuda_narrow_can(device, &n))
+        return false;
+    *ret_status = cuda_narrow(device, &n);
+    return true;
+}
+
 /* y = x W^T + bias + u (scale B)^T. */
 int forward_adapted(struct kernel_device *device, const struct linear_forward_args *f)
 {
     const struct linear_layer *l = &f->layer;
     struct workspace w = workspace_of(f->workspace, f->rows, l);
-    int status = make_u(device, f, &w);
+    int status = KERNEL_OK;
+    if (narrow_forward(device, f, &status))
+        return status;
+    status = make_u(device, f, &w);
     if (status != KERNEL_OK)
         return status;
     struct gemm_args main = linear_forward_product(f, 1.0f), low = main;
@@ -241,7 +268,7 @@ int make_du(struct kernel_device *device, const struct linear_backward_args *b, 
         s.weights = l->b, s.by_column = true;
         s.low_out = w->du;
         s.low_in = b->u, s.gradient = b->db;
-        s.workspace = w->skinny;
+        s.workspace = w->parts;
         s.pack = l->a, s.pack_to = w->factor, s.pack_scale = 1.0f, s.pack_count = count;
         return cuda_skinny(device, &s);
     }
@@ -271,7 +298,7 @@ int add_da(struct kernel_device *device, const struct linear_backward_args *b, c
     s.wide = b->x, s.stride = b->x_stride, s.act = b->act;
     s.scale = 1.0f;
     s.low_in = w->du, s.gradient = b->da;
-    s.workspace = w->skinny;
+    s.workspace = w->parts;
     return cuda_skinny(device, &s);
 }
 
@@ -281,12 +308,41 @@ int make_dx(struct kernel_device *device, const struct linear_backward_args *b)
     return cuda_gemm(device, &product);
 }
 
+/* All in one pass, where it can. */
+bool narrow_backward(struct kernel_device *device, const struct linear_backward_args *b,
+                     const struct workspace *w, int *ret_status)
+{
+    const struct linear_layer *l = &b->layer;
+    if (l->dropout > 0.0f || l->weight_type != b->act || b->dx == NULL || b->da == NULL)
+        return false;
+    struct narrow_layer n = {};
+    n.rows = b->rows, n.k = l->out, n.n = l->in, n.rank = l->rank;
+    n.x = b->dy, n.x_stride = b->dy_stride;
+    n.weight = l->weight;
+    n.accumulate = b->accumulate;
+    n.y = b->dx, n.y_stride = b->dx_stride;
+    n.first = l->b, n.first_scale = l->scale;
+    n.second = l->a, n.second_scale = 1.0f;
+    n.other = b->x, n.other_stride = b->x_stride;
+    n.middle_in = b->u;
+    n.first_gradient = b->db, n.second_gradient = b->da;
+    n.act = b->act;
+    n.workspace = w->parts;
+    if (!cuda_narrow_can(device, &n))
+        return false;
+    *ret_status = cuda_narrow(device, &n);
+    return true;
+}
+
 /* dx and the adapter's gradients. */
 int backward_adapted(struct kernel_device *device, const struct linear_backward_args *b)
 {
     const struct linear_layer *l = &b->layer;
     struct workspace w = workspace_of(b->workspace, b->rows, l);
-    int status = make_du(device, b, &w);
+    int status = KERNEL_OK;
+    if (narrow_backward(device, b, &w, &status))
+        return status;
+    status = make_du(device, b, &w);
     if (status == KERNEL_OK && b->da != NULL)
         status = add_da(device, b, &w);
     if (status != KERNEL_OK || b->dx == NULL)
@@ -311,13 +367,15 @@ int64_t cuda_linear_workspace(int64_t rows, int64_t in, int64_t out, int64_t ran
 {
     if (rank == 0)
         return 0;
-    int64_t skinny = 0;
+    int64_t parts = 0;
     if (rank <= SKINNY_RANK_MOST)
-        skinny = larger(cuda_skinny_workspace(rows, in, rank), cuda_skinny_workspace(rows, out, rank));
+        parts = larger(cuda_skinny_workspace(rows, in, rank), cuda_skinny_workspace(rows, out, rank));
+    if (rank <= NARROW_RANKS)
+        parts = larger(parts, cuda_narrow_workspace(rows, in, out));
     struct linear_layer layer = {};
     layer.in = in, layer.out = out, layer.rank = rank;
     struct workspace w = workspace_of(NULL, rows, &layer);
-    return (int64_t)(uintptr_t)w.skinny + skinny;
+    return (int64_t)(uintptr_t)w.parts + parts;
 }
 
 int cuda_linear_forward(struct kernel_device *device, const struct linear_forward_args *f)

@@ -340,6 +340,46 @@ static void test_linear_large(void **state)
     }
 }
 
+static void linear_narrow_case(struct session *s, const void *param)
+{
+    linear_case(s, param);
+}
+
+/* One side narrow, the other wide; last rows and columns short of a tile; rows for several rounds of all blocks. */
+static void test_linear_narrow(void **state)
+{
+    (void)state;
+    static const struct linear_case cases[] = {
+        {.rows = 300, .in = 48, .out = 456, .rank = 8, .dx = true, .adapter_gradients = true, .gap = 16},
+        {.rows = 300,
+         .in = 456,
+         .out = 80,
+         .rank = 5,
+         .dx = true,
+         .accumulate = true,
+         .adapter_gradients = true,
+         .gap = 8},
+        {.rows = 150, .in = 136, .out = 1160, .rank = 8, .dx = true, .adapter_gradients = true},
+        {.rows = 9000,
+         .in = 264,
+         .out = 16,
+         .rank = 8,
+         .dx = true,
+         .accumulate = true,
+         .adapter_gradients = true},
+        {.rows = 17100, .in = 8, .out = 264, .rank = 4, .dx = true, .adapter_gradients = true},
+        {.rows = 150, .in = 1160, .out = 136, .rank = 8, .dx = true, .adapter_gradients = true},
+    };
+    for (int type = 1; type < 3; type++) {
+        for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+            struct linear_case p = cases[i];
+            p.type = weight_types[type];
+            if (p.rows < 1000 || type == 1)
+                compare_linear(linear_narrow_case, &p);
+        }
+    }
+}
+
 struct embedding_case {
     int64_t tokens, vocab, d_model, rank;
     enum kernel_type type;
@@ -510,8 +550,9 @@ int main(void)
         cmocka_unit_test(test_gemm),         cmocka_unit_test(test_gemm_edges),
         cmocka_unit_test(test_gemm_tiles),   cmocka_unit_test(test_gemm_few_rows),
         cmocka_unit_test(test_lora),         cmocka_unit_test(test_linear),
-        cmocka_unit_test(test_linear_large), cmocka_unit_test(test_embedding),
-        cmocka_unit_test(test_rmsnorm),      cmocka_unit_test(test_cast),
+        cmocka_unit_test(test_linear_large), cmocka_unit_test(test_linear_narrow),
+        cmocka_unit_test(test_embedding),    cmocka_unit_test(test_rmsnorm),
+        cmocka_unit_test(test_cast),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
