@@ -24,8 +24,7 @@ static struct buffers lay_out(const struct mamba_step_args *a, void *workspace)
     char *base = (char *)workspace;
     int64_t *at = &b.bytes, width = a->dt_rank + 2 * a->d_state, f = sizeof(float), t = sizeof(step_type);
     int64_t part = STEP_WIDE_ROWS * f, factors = part * STEP_RANK;
-    int64_t d_parts = step_wide_linear_parts(STEP_MODE_OUT, a->d_model, a->d_model),
-            c_parts = step_wide_linear_parts(STEP_MODE_IN, a->d_inner, 2 * a->d_inner);
+    int64_t d_parts = divide_up(a->d_model, 64), c_parts = divide_up(a->d_inner, 64);
     b.header = (struct step_wide_header *)carve(base, at, sizeof(struct step_wide_header));
     b.r = (float *)carve(base, at, STEP_WIDE_ROWS * a->d_model * f);
     b.h = (step_type *)carve(base, at, STEP_WIDE_ROWS * a->d_model * t);
@@ -54,12 +53,23 @@ static const struct step_lora *lora_of(const struct step_wide *chain, int64_t la
 static int launch_product(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p,
                           const void *weight, const step_type *x)
 {
-    int status =
-        cuda_tile_map(&p->weight, weight, p->m, p->k, p->k, step_wide_linear_outputs(mode, p->m), TYPE_BF16);
+    int status = cuda_tile_map(&p->weight, weight, p->m, p->k, p->k,
+                               step_wide_linear_outputs(mode, p->m, p->k, p->rows), TYPE_BF16);
     if (status == KERNEL_OK)
         status = cuda_tile_map(&p->x, x, p->rows, p->k, p->k,
-                               p->rows < STEP_WIDE_GROUP ? p->rows : STEP_WIDE_GROUP, TYPE_BF16);
+                               step_wide_linear_rows(mode, p->m, p->k, p->rows), TYPE_BF16);
     return status == KERNEL_OK ? step_wide_launch_linear(device, mode, p) : status;
+}
+
+/* The parts of a row's sums that in_proj makes of x, and out_proj of r. */
+static int in_parts(const struct mamba_step_args *a, int rows)
+{
+    return (int)divide_up(a->d_inner,
+                          step_wide_linear_outputs(STEP_MODE_IN, 2 * a->d_inner, a->d_model, rows));
+}
+static int out_parts(const struct mamba_step_args *a, int rows)
+{
+    return (int)divide_up(a->d_model, step_wide_linear_outputs(STEP_MODE_OUT, a->d_model, a->d_inner, rows));
 }
 
 static int emit_layer(struct kernel_device *device, const struct step_wide *chain, const struct buffers *b,
@@ -82,7 +92,7 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     in.lora = in.next_lora = lora;
     in.squares = squares;
     in.u = u_in;
-    in.next_u = {b->u_x, step_wide_linear_parts(STEP_MODE_IN, c, 2 * c)};
+    in.next_u = {b->u_x, in_parts(a, chain->rows)};
     in.inner = c;
     in.conv = l->conv;
     in.conv_bias = l->conv_bias;
@@ -100,8 +110,6 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     x.lora = lora;
     x.u = in.next_u;
     x.y = b->x_dbl;
-    x.ahead = l->out_proj; /* the scan leaves it no room to come early */
-    x.ahead_bytes = (int64_t)d * c * (int64_t)sizeof(step_type);
     if (status == KERNEL_OK)
         status = launch_product(device, STEP_MODE_X, &x, l->x_proj, b->xc);
 
@@ -185,7 +193,7 @@ int step_wide_emit(struct kernel_device *device, const struct step_wide *chain)
     struct step_parts squares = embed.next_squares, u_in = embed.next_u;
     for (int64_t layer = 0; layer < a->n_layers && status == KERNEL_OK; layer++) {
         status = emit_layer(device, chain, &b, layer, squares, u_in);
-        squares.count = u_in.count = step_wide_linear_parts(STEP_MODE_OUT, a->d_model, a->d_model);
+        squares.count = u_in.count = out_parts(a, chain->rows);
     }
     return status == KERNEL_OK ? emit_head(device, chain, &b, squares) : status;
 }

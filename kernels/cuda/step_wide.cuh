@@ -11,7 +11,7 @@
 
 enum {
     STEP_WIDE_ROWS = 256,
-    STEP_WIDE_GROUP = 64, /* rows of a block of a product */
+    STEP_WIDE_GROUP = 64, /* most rows of a block of a product */
 };
 
 struct step_wide_header {
@@ -29,10 +29,7 @@ struct step_wide_linear {
     int own,
         owner_scale; /* rows that each block of a cluster finishes; row * owner_scale >> 16 is whose a row is */
     int parts, factors; /* where in shared memory these begin */
-    const void
-        *ahead; /* X, or NULL: what a kernel further on reads, which is brought to the second-level cache */
-    int64_t ahead_bytes;
-    bool first; /* of the chain: the header is not there before the wait */
+    bool first;         /* of the chain: the header is not there before the wait */
     float eps;
     const float *bias; /* [m] or NULL */
     const struct step_lora *lora, *next_lora;
@@ -93,10 +90,10 @@ int step_wide_emit(struct kernel_device *device, const struct step_wide *chain);
 int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p, int rows);
 int step_wide_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p);
 int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_scan *p);
-/* The outputs of a block of a product of that mode with m of them; the parts that the first `fed` of those make, and the
- * scan's. */
-int step_wide_linear_outputs(enum step_mode mode, int64_t m);
-int step_wide_linear_parts(enum step_mode mode, int64_t fed, int64_t m);
+/* A block of a product of that mode, of [m,k] and so many rows: its outputs and rows. */
+int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows);
+int step_wide_linear_rows(enum step_mode mode, int64_t m, int64_t k, int rows);
+/* The parts of a row's sums that the scan makes. */
 int step_wide_scan_parts(int64_t inner);
 
 /* ---- for the kernels ---- */

@@ -1,9 +1,13 @@
 /* step_wide_linear.cu: the products of mamba_step for many rows, on the matrix units of Hopper.
  *
- * A block makes 64 or 128 outputs of 64 rows over its share of k; the blocks of a cluster share k. One warp has the copy
+ * A block makes a tile of outputs by rows over its share of k; the blocks of a cluster share k. One warp has the copy
  * engine fill a ring of stages, 64 columns of the weights and of the rows each: the weights before the wait for the kernel
- * in front, the rows after it. A warpgroup multiplies 64 outputs by 64 rows. Then each block sends every other block of
- * its cluster the sums of the rows that that one finishes, and adds up what it gets in the order of k.
+ * in front, the rows after it. Two warpgroups multiply, and what they have goes through shared memory. In a cluster each
+ * block sends every other one the sums of the rows that that one finishes, and adds up what it gets in the order of k.
+ *
+ * Two shapes of tile. Large weights are read once: 128 outputs by 64 rows, a warpgroup 64 outputs. Small ones may be read
+ * again by every few rows, from the second-level cache and ahead of time: 64 outputs by 16 or 32 rows, a warpgroup every
+ * other stage, so that few sums or none have to travel.
  *
  * A thread finishes 4 neighbouring outputs of a few rows; a row's outputs lie in one warp (64 outputs: half of it). */
 #include "kernels/cuda/step_wide.cuh"
@@ -13,11 +17,10 @@ enum {
     GROUP = STEP_WIDE_GROUP,
     TILE_K = 64,
     WARPGROUP = 128,
-    STAGES_MOST = 8,
-    SPLITS_LEAST = 3,
+    STAGES_MOST = 12,
     SPLITS_MOST = 8,
-    PAD = 4,          /* floats behind a row of sums: no two lanes that write share a bank */
-    ROWS_AT_ONCE = 8, /* a block's threads finish so many, four outputs each */
+    PAD = 4,                   /* floats behind a row of sums: no two lanes that write share a bank */
+    CONSUMERS = 2 * WARPGROUP, /* threads that multiply and finish */
     BOX = 64 * TILE_K * 2,
 };
 
@@ -63,15 +66,42 @@ static __host__ __device__ inline int share_of(int count, int i, int n)
 
 #if CUDA_HOPPER
 
-/* D[64,64] = A[64,16] B[64,16]^T (+ D), as product_64x256. */
-static __device__ __forceinline__ void product_64x64(float (&d)[32], uint64_t a, uint64_t b, bool accumulate)
+/* D[64,N] = A[64,16] B[N,16]^T (+ D) for N of 16, 32, 64; as product_64x256. */
+static __device__ __forceinline__ void product(float (&d)[8], uint64_t a, uint64_t b, bool accumulate)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7},"
+                 " %8, %9, p, 1, 1, 0, 0;\n"
+                 "}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                   "+f"(d[7])
+                 : "l"(a), "l"(b), "r"((int)accumulate));
+}
+static __device__ __forceinline__ void product(float (&d)[16], uint64_t a, uint64_t b, bool accumulate)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15},"
+                 " %16, %17, p, 1, 1, 0, 0;\n"
+                 "}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                   "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+                   "+f"(d[14]), "+f"(d[15])
+                 : "l"(a), "l"(b), "r"((int)accumulate));
+}
+static __device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, bool accumulate)
 {
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
                  " %32, %33, p, 1, 1, 0, 0;\n"
                  "}"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
@@ -107,16 +137,21 @@ static __device__ __forceinline__ void cluster_wait()
 
 #endif
 
-/* RESIDENT: rows stay in shared memory, and the ring brings weights alone. */
-template <int WARPGROUPS, bool RESIDENT = false> struct layout {
+/* Warpgroups side by side over outputs; else they share k. RESIDENT: rows stay in shared memory, and the ring brings
+ * weights alone. */
+template <bool LARGE, int ROWS, bool RESIDENT = false> struct layout {
     enum {
-        M = 64 * WARPGROUPS,
-        THREADS = WARPGROUP * WARPGROUPS, /* that multiply and finish */
-        WEIGHTS = WARPGROUPS * BOX,
-        STAGE = WEIGHTS + (RESIDENT ? 0 : BOX), /* weights, then rows */
+        OVER_M = LARGE ? 2 : 1,
+        OVER_K = 2 / OVER_M,
+        M = 64 * OVER_M,
+        X = ROWS * TILE_K * 2,
+        WEIGHTS = OVER_M * BOX,
+        STAGE = WEIGHTS + (RESIDENT ? 0 : X), /* weights, then rows */
         STRIDE = M + PAD,
-        LANES = M / 4,            /* of a row */
-        FACTORS = M * STEP_AHEAD, /* floats of one adapter's B, or of A */
+        SUMS = ROWS * STRIDE,             /* floats of a warpgroup over k */
+        LANES = M / 4,                    /* of a row */
+        ROWS_AT_ONCE = CONSUMERS / LANES, /* that the threads finish, four outputs each */
+        FACTORS = M * STEP_AHEAD,         /* floats of one adapter's B, or of A */
     };
 };
 
@@ -161,23 +196,12 @@ struct share {
     int k_begin, k_count;
 };
 
-/* This block's share of what is wanted in the second-level cache. */
-static __device__ __forceinline__ void fetch_ahead(const struct step_wide_linear &p)
-{
-    const int64_t piece = 16384, blocks = (int64_t)gridDim.x * gridDim.y;
-    const char *from = (const char *)p.ahead;
-    for (int64_t at = (blockIdx.y * gridDim.x + blockIdx.x) * piece; at < p.ahead_bytes; at += blocks * piece)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at),
-                     "r"((int)min(piece, p.ahead_bytes - at)));
-}
-
 /* The one thread that fills the ring. */
-template <int WARPGROUPS, bool RESIDENT>
+template <typename L, bool RESIDENT>
 static __device__ __forceinline__ void fill(const struct step_wide_linear &p, const struct ring &ring,
                                             const struct share &share)
 {
-    using L = layout<WARPGROUPS, RESIDENT>;
-    const int x_bytes = min(p.rows, (int)GROUP) * TILE_K * 2;
+    const int rows = L::X / (TILE_K * 2), x_bytes = min(p.rows, rows) * TILE_K * 2;
     const int count = share.tiles * share.k_count, ahead = min(count, ring.stages);
     auto load_weights = [&](int i, int stage, int tile, int k) {
         barrier_expect(&ring.full[stage], L::WEIGHTS + (RESIDENT && i >= share.k_count ? 0 : x_bytes));
@@ -186,18 +210,18 @@ static __device__ __forceinline__ void fill(const struct step_wide_linear &p, co
     };
     auto load_x = [&](int i, int stage, int k) {
         if (!RESIDENT || i < share.k_count)
-            tile_load(RESIDENT ? ring.x + k * BOX : ring.tiles + stage * L::STAGE + L::WEIGHTS, &p.x,
-                      (share.k_begin + k) * TILE_K, blockIdx.y * GROUP, &ring.full[stage]);
+            tile_load(RESIDENT ? ring.x + k * L::X : ring.tiles + stage * L::STAGE + L::WEIGHTS, &p.x,
+                      (share.k_begin + k) * TILE_K, blockIdx.y * rows, &ring.full[stage]);
     };
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.x) : "memory");
+#pragma unroll 1
     for (int i = 0; i < ahead; i++)
         load_weights(i, i, i / share.k_count, i % share.k_count);
     if (!p.first)
         step_wait();
+#pragma unroll 1
     for (int i = 0; i < ahead; i++)
         load_x(i, i, i % share.k_count);
-    if (p.ahead != NULL)
-        fetch_ahead(p);
     struct place at = {0, 0};
     for (int i = ahead; i < count; i++, at.next(ring)) {
         int tile = i / share.k_count, k = i % share.k_count;
@@ -207,22 +231,25 @@ static __device__ __forceinline__ void fill(const struct step_wide_linear &p, co
     }
 }
 
-/* 64 outputs by 64 rows over `count` blocks of k. */
-template <int WARPGROUPS, bool RESIDENT>
-static __device__ __forceinline__ void multiply(float (&acc)[32], const struct ring &ring, struct place &at,
+/* This warpgroup's products over `count` blocks of k. */
+template <typename L, bool RESIDENT, int SUMS>
+static __device__ __forceinline__ void multiply(float (&acc)[SUMS], const struct ring &ring, struct place &at,
                                                 int count)
 {
-    using L = layout<WARPGROUPS, RESIDENT>;
     const int warpgroup = threadIdx.x / WARPGROUP, lane = threadIdx.x % WARP;
+    const int over_m = warpgroup % L::OVER_M, over_k = warpgroup / L::OVER_M;
     int before = -1; /* the stage whose products may still be under way */
+#pragma unroll 1
     for (int i = 0; i < count; i++, at.next(ring)) {
-        const unsigned char *w = ring.tiles + at.stage * L::STAGE + warpgroup * BOX,
-                            *x = RESIDENT ? ring.x + i * BOX : ring.tiles + at.stage * L::STAGE + L::WEIGHTS;
+        if (i % L::OVER_K != over_k)
+            continue;
+        const unsigned char *w = ring.tiles + at.stage * L::STAGE + over_m * BOX,
+                            *x = RESIDENT ? ring.x + i * L::X : ring.tiles + at.stage * L::STAGE + L::WEIGHTS;
         barrier_wait(&ring.full[at.stage], at.parity);
         product_begin();
 #pragma unroll
         for (int k = 0; k < TILE_K; k += 16)
-            product_64x64(acc, tile_descriptor(w + 2 * k), tile_descriptor(x + 2 * k), i > 0 || k > 0);
+            product(acc, tile_descriptor(w + 2 * k), tile_descriptor(x + 2 * k), before >= 0 || k > 0);
         product_commit();
         product_wait<1>();
         if (before >= 0 && lane == 0)
@@ -231,22 +258,23 @@ static __device__ __forceinline__ void multiply(float (&acc)[32], const struct r
     }
     product_wait<0>();
     product_take(acc);
-    if (before >= 0 && lane == 0)
-        barrier_arrive(&ring.empty[before]);
-    if (count == 0)
+    if (before >= 0) {
+        if (lane == 0)
+            barrier_arrive(&ring.empty[before]);
+    } else {
 #pragma unroll
-        for (int i = 0; i < 32; i++)
+        for (int i = 0; i < SUMS; i++)
             acc[i] = 0.0f;
+    }
 }
 
 #endif
 
 /* 1/rms of the rows that this block finishes. */
-template <int THREADS>
 static __device__ __forceinline__ void gather_scale(const struct step_wide_linear &p, int n0, int own,
                                                     float *scale)
 {
-    for (int first = 0; first < own; first += THREADS / 8) { /* 8 lanes a row */
+    for (int first = 0; first < own; first += CONSUMERS / 8) { /* 8 lanes a row */
         const int local = first + (int)threadIdx.x / 8;
         float sum = 0.0f;
         if (local < own)
@@ -259,13 +287,12 @@ static __device__ __forceinline__ void gather_scale(const struct step_wide_linea
 }
 
 /* What their adapters' A made of them: a warp a row, 4 lanes a sum. */
-template <int THREADS>
 static __device__ __forceinline__ void gather_u(const struct step_wide_linear &p, int target, int n0, int own,
                                                 float *u)
 {
     const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-    for (int local = threadIdx.x / WARP; local < own; local += THREADS / WARP) {
+    for (int local = threadIdx.x / WARP; local < own; local += CONSUMERS / WARP) {
         int n = n0 + local, adapter = n < p.header->rows ? p.header->adapters[n] : -1;
         if (adapter < 0 || p.lora[adapter].b[target] == NULL)
             continue;
@@ -296,40 +323,59 @@ static __device__ __forceinline__ void copy_one(float *to, const float *from)
 }
 
 /* What the block needs of one adapter behind the product: B's rows, as [rank][M], and A's columns of the next one. */
-template <int M, int THREADS>
+template <int M>
 static __device__ __forceinline__ void copy_factors(const struct step_lora &lora, int target,
                                                     const struct step_lora *next, int next_target,
                                                     int first_row, int m, int columns, float *b, float *a)
 {
     const int rank = lora.rank;
     if (lora.b[target] != NULL)
-        for (int i = threadIdx.x; i < min(M, m - first_row) * rank; i += THREADS)
+        for (int i = threadIdx.x; i < min(M, m - first_row) * rank; i += CONSUMERS)
             copy_one(b + i % rank * M + i / rank, lora.b[target] + (int64_t)first_row * rank + i);
     const int own = min(M, columns - first_row);
     if (next == NULL || own <= 0 || next->a[next_target] == NULL)
         return;
-    for (int i = threadIdx.x; i < rank * (own / 4); i += THREADS) {
+    for (int i = threadIdx.x; i < rank * (own / 4); i += CONSUMERS) {
         int j = i / (own / 4), at = i % (own / 4) * 4;
         step_copy(a + j * M + at, next->a[next_target] + (int64_t)j * columns + first_row + at);
     }
 }
 
+/* The convolution's weights of a tile, [STEP_CONV][M], and behind them its bias. */
+template <int M>
+static __device__ __forceinline__ void copy_filter(const struct step_wide_linear &p, int first_row,
+                                                   float *filter)
+{
+    const int own = min(M, p.inner - first_row);
+    for (int i = threadIdx.x; i < own * STEP_CONV; i += CONSUMERS)
+        copy_one(filter + i % STEP_CONV * M + i / STEP_CONV, p.conv + (int64_t)first_row * STEP_CONV + i);
+    for (int i = threadIdx.x; i < own; i += CONSUMERS) {
+        if (p.conv_bias != NULL)
+            copy_one(filter + STEP_CONV * M + i, p.conv_bias + first_row + i);
+        else
+            filter[STEP_CONV * M + i] = 0.0f;
+    }
+}
+
 /* QUADS: a thread finishes its four outputs of up to so many rows. */
-template <int MODE, int WARPGROUPS, int QUADS, bool ADAPTED>
-static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
+template <int MODE, bool LARGE, int ROWS, int QUADS, bool ADAPTED>
+static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     wide_kernel(const __grid_constant__ struct step_wide_linear p)
 {
 #if CUDA_HOPPER
-    using L = layout<WARPGROUPS>;
+    using L = layout<LARGE, ROWS>;
     constexpr int TARGET = MODE == STEP_MODE_IN ? STEP_IN : MODE == STEP_MODE_X ? STEP_X : STEP_OUT;
     constexpr int NEXT_TARGET = MODE == STEP_MODE_IN ? STEP_X : STEP_IN;
     constexpr bool FEEDS = MODE != STEP_MODE_X; /* an adapter's x A^T */
     extern __shared__ unsigned char memory[];
     __shared__ uint64_t full[STAGES_MOST], empty[STAGES_MOST], arrived;
-    __shared__ float row_scale[QUADS * ROWS_AT_ONCE], row_u[ADAPTED ? QUADS * ROWS_AT_ONCE * STEP_RANK : 1];
+    __shared__ __align__(16) float filter[MODE == STEP_MODE_IN ? (STEP_CONV + 1) * L::M : 1];
+    __shared__ float row_scale[QUADS * L::ROWS_AT_ONCE],
+        row_u[ADAPTED ? QUADS * L::ROWS_AT_ONCE * STEP_RANK : 1];
     const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, NULL, full, empty,
                               p.stages};
-    float *sums = reinterpret_cast<float *>(ring.tiles); /* [GROUP][STRIDE], when the ring has been read */
+    float *sums =
+        reinterpret_cast<float *>(ring.tiles); /* [OVER_K][ROWS][STRIDE], when the ring has been read */
     float *parts =
         reinterpret_cast<float *>(ring.tiles + p.parts); /* [splits-1][own][STRIDE], of the others */
     const int splits = p.splits, split = (int)blockIdx.x % splits, tile = (int)blockIdx.x / splits,
@@ -339,24 +385,22 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
         step_wait();
     step_release();
 
-    const int room = min(p.rows, (int)GROUP), own_first = split * p.own, own = min(p.own, room - own_first);
-    const int n0 = (int)blockIdx.y * GROUP + own_first;
-    if (threadIdx.x >= L::THREADS) {
-        if (threadIdx.x == L::THREADS) {
-            ring_open(ring, L::THREADS / WARP);
+    const int room = min(p.rows, ROWS), own_first = split * p.own, own = min(p.own, room - own_first);
+    const int n0 = (int)blockIdx.y * ROWS + own_first;
+    if (threadIdx.x >= CONSUMERS) {
+        if (threadIdx.x == CONSUMERS) {
+            ring_open(ring, CONSUMERS / WARP / L::OVER_K);
             barrier_init(&arrived, 1);
             barrier_inits_done();
             barrier_expect(&arrived, (splits - 1) * max(own, 0) * L::M * (int)sizeof(float));
         }
         __syncwarp();
         cluster_arrive();
-        if (threadIdx.x == L::THREADS) {
-            const int k_blocks = (p.k + TILE_K - 1) / TILE_K, begin = share_of(k_blocks, split, splits);
-            fill<WARPGROUPS, false>(p, ring,
-                                    {first_row, 0, 1, begin, share_of(k_blocks, split + 1, splits) - begin});
-        }
-        __syncwarp();
         cluster_wait();
+        if (threadIdx.x == CONSUMERS) {
+            const int k_blocks = (p.k + TILE_K - 1) / TILE_K, begin = share_of(k_blocks, split, splits);
+            fill<L, false>(p, ring, {first_row, 0, 1, begin, share_of(k_blocks, split + 1, splits) - begin});
+        }
         return;
     }
     cluster_arrive();
@@ -366,17 +410,14 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     const int rows = p.header->rows,
               columns = MODE == STEP_MODE_IN ? p.inner : p.m; /* fed to the next product */
     const bool inside = out < p.m, convolves = MODE == STEP_MODE_IN && out < p.inner;
-    struct quad weight[STEP_CONV], offset = {}, before[QUADS][STEP_CONV - 1];
+    struct quad norm = {}, before[QUADS][STEP_CONV - 1];
     float *state[QUADS];
+    if (MODE == STEP_MODE_IN && first_row < p.inner)
+        copy_filter<L::M>(p, first_row, filter);
     if (convolves) {
-        if (p.conv_bias != NULL)
-            offset = load_quad(p.conv_bias + out);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            weight[i] = load_quad(p.conv + (int64_t)(out + i) * STEP_CONV);
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int local = row0 + i * ROWS_AT_ONCE, n = n0 + local;
+            int local = row0 + i * L::ROWS_AT_ONCE, n = n0 + local;
             if (local < own && n < rows) {
                 state[i] = p.states + p.header->slots[n] * p.slot_stride + out;
 #pragma unroll
@@ -385,14 +426,14 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
             }
         }
     } else if (MODE == STEP_MODE_OUT && inside) {
-        weight[0] = load_quad(p.norm + out);
+        norm = load_quad(p.norm + out);
     }
     float *factors_b = reinterpret_cast<float *>(ring.tiles + p.factors), *factors_a = factors_b + L::FACTORS;
     int main = -1;
     if (ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD) {
         main = p.header->main;
-        copy_factors<L::M, L::THREADS>(p.lora[main], TARGET, p.next_lora != NULL ? &p.next_lora[main] : NULL,
-                                       NEXT_TARGET, first_row, p.m, columns, factors_b, factors_a);
+        copy_factors<L::M>(p.lora[main], TARGET, p.next_lora != NULL ? &p.next_lora[main] : NULL, NEXT_TARGET,
+                           first_row, p.m, columns, factors_b, factors_a);
     }
     cluster_wait();
 
@@ -401,60 +442,74 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
     if (MODE == STEP_MODE_OUT) {
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {
-            int local = row0 + i * ROWS_AT_ONCE, n = n0 + local;
+            int local = row0 + i * L::ROWS_AT_ONCE, n = n0 + local;
             if (local < own && n < rows && inside)
                 before[i][0] = load_quad(p.r + (int64_t)n * p.m + out);
         }
     }
     if (MODE == STEP_MODE_IN)
-        gather_scale<L::THREADS>(p, n0, own, row_scale);
+        gather_scale(p, n0, own, row_scale);
     if (ADAPTED)
-        gather_u<L::THREADS>(p, TARGET, n0, own, row_u);
+        gather_u(p, TARGET, n0, own, row_u);
 
-    float acc[32];
+    float acc[ROWS / 2];
     struct place at = {0, 0};
     const int k_blocks = (p.k + TILE_K - 1) / TILE_K;
-    multiply<WARPGROUPS, false>(acc, ring, at,
-                                share_of(k_blocks, split + 1, splits) - share_of(k_blocks, split, splits));
-    if (ADAPTED)
-        step_copies_wait();
-    numbered_wait(1, L::THREADS); /* the ring has been read */
+    multiply<L, false>(acc, ring, at,
+                       share_of(k_blocks, split + 1, splits) - share_of(k_blocks, split, splits));
+    step_copies_wait();
+    numbered_wait(1, CONSUMERS); /* the ring has been read */
 
     /* Rows of sums, then to whom they belong. */
     {
         const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-        float *to = sums + lane % 4 * 2 * L::STRIDE + warp * 16 + lane / 4;
+        float *to = sums + warp / 4 / L::OVER_M * L::SUMS + lane % 4 * 2 * L::STRIDE +
+                    warp % (4 * L::OVER_M) * 16 + lane / 4;
 #pragma unroll
-        for (int j = 0; j < 8; j++)
+        for (int j = 0; j < ROWS / 8; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 to[(8 * j + i % 2) * L::STRIDE + i / 2 * 8] = acc[4 * j + i];
     }
-    numbered_wait(1, L::THREADS);
+    numbered_wait(1, CONSUMERS);
+    auto sum_of = [&](int row) { /* of this block */
+                                 struct quad sum = load_quad(sums + row * L::STRIDE + m);
+                                 if (L::OVER_K == 2) {
+                                     struct quad other = load_quad(sums + L::SUMS + row * L::STRIDE + m);
 #pragma unroll
-    for (int i = 0; i < GROUP / ROWS_AT_ONCE; i++) {
-        const int row = row0 + i * ROWS_AT_ONCE, owner = row * p.owner_scale >> 16;
-        const int slot = split < owner ? split : split - 1;
-        if (row < room && owner != split)
-            send_quad(parts + (slot * p.own + row - owner * p.own) * L::STRIDE + m, &arrived, owner,
-                      load_quad(sums + row * L::STRIDE + m));
+                                     for (int e = 0; e < 4; e++)
+                                         sum.v[e] += other.v[e];
+                                 }
+                                 return sum;
+    };
+    if (splits > 1) {
+        constexpr int TURNS = ROWS / L::ROWS_AT_ONCE;
+#pragma unroll 4
+        for (int i = 0; i < TURNS; i++) { /* not all to the same block at once */
+            const int row = row0 + (i + split) % TURNS * L::ROWS_AT_ONCE, owner = row * p.owner_scale >> 16;
+            const int slot = split < owner ? split : split - 1;
+            if (row < room && owner != split)
+                send_quad(parts + (slot * p.own + row - owner * p.own) * L::STRIDE + m, &arrived, owner,
+                          sum_of(row));
+        }
+        barrier_wait(&arrived, 0);
     }
-    barrier_wait(&arrived, 0);
 
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {
-        const int local = row0 + i * ROWS_AT_ONCE, n = n0 + local;
+        const int local = row0 + i * L::ROWS_AT_ONCE, n = n0 + local;
         const bool live = local < own && n < rows;
         const int adapter = ADAPTED && live ? p.header->adapters[n] : -1;
         struct quad v = {}, fed = {};
         float squares = 0.0f;
         if (live && inside) {
-#pragma unroll 4
-            for (int s = 0; s < splits; s++) {
-                const float *from = s == split
-                                        ? sums + (own_first + local) * L::STRIDE
-                                        : parts + ((s < split ? s : s - 1) * p.own + local) * L::STRIDE;
-                struct quad part = load_quad(from + m);
+            const struct quad mine = sum_of(own_first + local);
+            v = split == 0 ? mine : load_quad(parts + local * L::STRIDE + m);
+#pragma unroll 2
+            for (int s = 1; s < splits; s++) {
+                struct quad part =
+                    s == split ? mine
+                               : load_quad(parts + ((s < split ? s : s - 1) * p.own + local) * L::STRIDE + m);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     v.v[e] += part.v[e];
@@ -497,15 +552,18 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
                 store_quad(state[i], before[i][1]);
                 store_quad(state[i] + p.inner, before[i][2]);
                 store_quad(state[i] + 2 * (int64_t)p.inner, v);
-                struct quad y;
+                struct quad y = load_quad(filter + STEP_CONV * L::M + m);
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float(&w)[4] = weight[e].v;
-                    y.v[e] = silu(fmaf(
-                        w[3], v.v[e],
-                        fmaf(w[2], before[i][2].v[e],
-                             fmaf(w[1], before[i][1].v[e], fmaf(w[0], before[i][0].v[e], offset.v[e])))));
+                for (int k = 0; k < STEP_CONV; k++) {
+                    const struct quad w = load_quad(filter + k * L::M + m),
+                                      &x = k == STEP_CONV - 1 ? v : before[i][k];
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        y.v[e] = fmaf(w.v[e], x.v[e], y.v[e]);
                 }
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    y.v[e] = silu(y.v[e]);
                 fed = store_rounded(p.xc + (int64_t)n * p.inner + out, y);
             } else if (MODE == STEP_MODE_IN) {
                 store_quad(p.z + (int64_t)n * p.inner + out - p.inner, v);
@@ -516,7 +574,7 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     v.v[e] += before[i][0].v[e];
-                    h.v[e] = v.v[e] * weight[0].v[e];
+                    h.v[e] = v.v[e] * norm.v[e];
                 }
                 store_quad(p.r + (int64_t)n * p.m + out, v);
                 fed = store_rounded(p.h + (int64_t)n * p.m + out, h);
@@ -557,11 +615,11 @@ static __global__ void __launch_bounds__(WARPGROUP *WARPGROUPS + WARP, 2)
 /* The head: no cluster; a block takes every gridDim.x-th tile of 128 outputs over the whole of k, the ring running on from
  * one to the next. The hidden states on the way. */
 template <bool RESIDENT>
-static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 1)
+static __global__ void __launch_bounds__(CONSUMERS + WARP, 1)
     wide_head_kernel(const __grid_constant__ struct step_wide_linear p)
 {
 #if CUDA_HOPPER
-    using L = layout<2, RESIDENT>;
+    using L = layout<true, GROUP, RESIDENT>;
     extern __shared__ unsigned char memory[];
     __shared__ uint64_t full[STAGES_MOST], empty[STAGES_MOST];
     __shared__ float row_scale[GROUP];
@@ -570,31 +628,31 @@ static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 1)
     const int n0 = blockIdx.y * GROUP, all = (p.m + L::M - 1) / L::M, stride = (int)gridDim.x;
     const int own = (all - (int)blockIdx.x + stride - 1) / stride, count = (p.k + TILE_K - 1) / TILE_K;
     step_release();
-    if (threadIdx.x == L::THREADS) {
-        ring_open(ring, L::THREADS / WARP);
+    if (threadIdx.x == CONSUMERS) {
+        ring_open(ring, CONSUMERS / WARP);
         barrier_inits_done();
     }
     __syncthreads();
-    if (threadIdx.x >= L::THREADS) {
-        if (threadIdx.x == L::THREADS)
-            fill<2, RESIDENT>(p, ring, {(int)blockIdx.x * L::M, stride * L::M, own, 0, count});
+    if (threadIdx.x >= CONSUMERS) {
+        if (threadIdx.x == CONSUMERS)
+            fill<L, RESIDENT>(p, ring, {(int)blockIdx.x * L::M, stride * L::M, own, 0, count});
         return;
     }
 
     step_wait();
     const int rows = min(p.header->rows - n0, (int)GROUP);
-    gather_scale<L::THREADS>(p, n0, rows, row_scale);
-    numbered_wait(1, L::THREADS);
+    gather_scale(p, n0, rows, row_scale);
+    numbered_wait(1, CONSUMERS);
     for (int local = blockIdx.x; local < rows; local += stride) {
         const int64_t from = (int64_t)(n0 + local) * p.k;
-        for (int i = threadIdx.x; i < p.k; i += L::THREADS)
+        for (int i = threadIdx.x; i < p.k; i += CONSUMERS)
             p.h[from + i] = from_float<step_type>(p.r[from + i] * row_scale[local] * p.norm[i]);
     }
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     struct place at = {0, 0};
     for (int i = 0; i < own; i++) {
         float acc[32];
-        multiply<2, RESIDENT>(acc, ring, at, count);
+        multiply<L, RESIDENT>(acc, ring, at, count);
         const int out = ((int)blockIdx.x + i * stride) * L::M + warp * 16 + lane / 4;
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -610,32 +668,44 @@ static __global__ void __launch_bounds__(WARPGROUP * 2 + WARP, 1)
 
 /* ---- launch ---- */
 
-/* 128 outputs a block where there are enough of them. */
-static int warpgroups_of(enum step_mode mode, int64_t m)
+/* What a product is cut into. */
+struct cut {
+    bool large;
+    int outputs, rows; /* of a block */
+};
+
+/* Weights that may be read once for every few rows: they stay in the second-level cache meanwhile. */
+enum { SMALL_BYTES = 12 << 20 };
+
+static struct cut cut_of(enum step_mode mode, int64_t m, int64_t k, int rows)
 {
-    return mode == STEP_MODE_HEAD || (mode != STEP_MODE_X && divide_up(m, 128) * SPLITS_MOST >= 96) ? 2 : 1;
+    const int few = mode == STEP_MODE_X ? 16 : 32;
+    if (mode == STEP_MODE_HEAD || m * k * (int64_t)sizeof(step_type) * divide_up(rows, few) > SMALL_BYTES)
+        return {true, 128, GROUP};
+    return {false, 64, few};
 }
 
-int step_wide_linear_outputs(enum step_mode mode, int64_t m)
+int step_wide_linear_rows(enum step_mode mode, int64_t m, int64_t k, int rows)
 {
-    return 64 * warpgroups_of(mode, m);
+    const int block = cut_of(mode, m, k, rows).rows;
+    return rows < block ? rows : block;
 }
 
-int step_wide_linear_parts(enum step_mode mode, int64_t fed, int64_t m)
+int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows)
 {
-    return (int)divide_up(fed, step_wide_linear_outputs(mode, m));
+    return cut_of(mode, m, k, rows).outputs;
 }
 
-/* As many blocks as fill the device once, or twice; of equals the fewest. */
-static int choose_splits(const struct kernel_device *device, int blocks)
+/* The blocks of a cluster: as many as fill the device best, once, or twice where the weights are large. */
+static int choose_splits(const struct kernel_device *device, bool large, int blocks)
 {
-    const int slots = device->multiprocessors;
-    int best = SPLITS_LEAST;
+    const int slots = device->multiprocessors, most = large ? 2 * slots : slots;
+    int best = large ? 3 : 1;
     double best_fill = 0;
-    for (int splits = SPLITS_LEAST; splits <= SPLITS_MOST; splits++) {
-        int all = blocks * splits;
-        double fill = (double)all / (double)(divide_up(all, slots) * slots);
-        if ((all <= 2 * slots || splits == SPLITS_LEAST) && fill > best_fill + 0.02) {
+    for (int splits = best; splits <= SPLITS_MOST; splits++) {
+        const int all = blocks * splits;
+        const double fill = (double)all / (double)(divide_up(all, slots) * slots);
+        if (all <= most && fill > best_fill + 0.02) {
             best = splits;
             best_fill = fill;
         }
@@ -643,71 +713,72 @@ static int choose_splits(const struct kernel_device *device, int blocks)
     return best;
 }
 
-template <int MODE, int WARPGROUPS, int QUADS, bool ADAPTED>
+template <int MODE, bool LARGE, int ROWS, int QUADS, bool ADAPTED>
 static int launch(struct kernel_device *device, struct step_wide_linear *p)
 {
-    using L = layout<WARPGROUPS>;
+    using L = layout<LARGE, ROWS>;
     const int64_t most = divide_up(divide_up(p->k, TILE_K), p->splits);
-    const size_t sums = (size_t)GROUP * L::STRIDE * sizeof(float),
+    const size_t sums = (size_t)(L::OVER_K * L::SUMS) * sizeof(float),
                  parts = (size_t)(p->splits - 1) * (size_t)p->own * L::STRIDE * sizeof(float),
                  factors = ADAPTED ? 2 * L::FACTORS * sizeof(float) : 0;
-    const size_t half = (size_t)device->shared_bytes / 2 - 12288; /* two blocks to a multiprocessor */
-    p->stages = (int)((half - parts - factors) / L::STAGE);
+    /* Two large blocks to a multiprocessor; a small one beside the scan's. */
+    const size_t room =
+        LARGE ? (size_t)device->shared_bytes / 2 - 12288 : (size_t)device->shared_bytes - 81920;
+    p->stages = (int)((room - parts - factors) / L::STAGE);
     if (p->stages > most)
         p->stages = (int)most;
     if (p->stages > STAGES_MOST)
         p->stages = STAGES_MOST;
-    size_t ring = (size_t)p->stages * L::STAGE;
+    const size_t ring = (size_t)p->stages * L::STAGE;
     p->parts = (int)(ring > sums ? ring : (sums + 15) / 16 * 16);
     p->factors = p->parts + (int)parts;
     const size_t shared = (size_t)p->factors + factors + 1024;
-    auto kernel = wide_kernel<MODE, WARPGROUPS, QUADS, ADAPTED>;
+    auto kernel = wide_kernel<MODE, LARGE, ROWS, QUADS, ADAPTED>;
     int status = cuda_check(
         device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     if (status != KERNEL_OK)
         return status;
-    dim3 grid((unsigned)(divide_up(p->m, L::M) * p->splits), (unsigned)divide_up(p->rows, GROUP));
-    return step_launch(device, kernel, grid, L::THREADS + WARP, shared, p->splits, true, *p);
+    dim3 grid((unsigned)(divide_up(p->m, L::M) * p->splits), (unsigned)divide_up(p->rows, ROWS));
+    return step_launch(device, kernel, grid, CONSUMERS + WARP, shared, p->splits, true, *p);
 }
 
-template <int MODE, int WARPGROUPS, int QUADS>
+template <int MODE, bool LARGE, int ROWS, int QUADS>
 static int launch_adapted(struct kernel_device *device, struct step_wide_linear *p)
 {
-    return p->lora != NULL ? launch<MODE, WARPGROUPS, QUADS, true>(device, p)
-                           : launch<MODE, WARPGROUPS, QUADS, false>(device, p);
+    return p->lora != NULL ? launch<MODE, LARGE, ROWS, QUADS, true>(device, p)
+                           : launch<MODE, LARGE, ROWS, QUADS, false>(device, p);
 }
 
-template <int MODE, int WARPGROUPS>
-static int launch_quads(struct kernel_device *device, struct step_wide_linear *p)
+template <int MODE, bool LARGE, int ROWS>
+static int launch_cut(struct kernel_device *device, struct step_wide_linear *p)
 {
-    switch (divide_up(p->own, ROWS_AT_ONCE)) {
-    case 1:
-        return launch_adapted<MODE, WARPGROUPS, 1>(device, p);
-    case 2:
-        return launch_adapted<MODE, WARPGROUPS, 2>(device, p);
-    default:
-        return launch_adapted<MODE, WARPGROUPS, 3>(device, p);
-    }
+    using L = layout<LARGE, ROWS>;
+    p->splits = choose_splits(device, LARGE, (int)(divide_up(p->m, L::M) * divide_up(p->rows, ROWS)));
+    p->own = (int)divide_up(p->rows < ROWS ? p->rows : ROWS, p->splits);
+    p->owner_scale = 65536 / p->own + 1;
+    const int quads = (int)divide_up(p->own, L::ROWS_AT_ONCE);
+    if constexpr (LARGE)
+        if (quads > 2)
+            return launch_adapted<MODE, LARGE, ROWS, 3>(device, p);
+    if constexpr (ROWS > 16)
+        if (quads > 1)
+            return launch_adapted<MODE, LARGE, ROWS, 2>(device, p);
+    return launch_adapted<MODE, LARGE, ROWS, 1>(device, p);
 }
 
 template <int MODE> static int launch_mode(struct kernel_device *device, struct step_wide_linear *p)
 {
-    int warpgroups = warpgroups_of((enum step_mode)MODE, p->m);
-    p->splits = choose_splits(device, (int)(divide_up(p->m, 64 * warpgroups) * divide_up(p->rows, GROUP)));
-    p->own = (int)divide_up(p->rows < GROUP ? p->rows : GROUP, p->splits);
-    p->owner_scale = 65536 / p->own + 1;
-    if constexpr (MODE != STEP_MODE_X)
-        if (warpgroups == 2)
-            return launch_quads<MODE, 2>(device, p);
-    return launch_quads<MODE, 1>(device, p);
+    if (cut_of((enum step_mode)MODE, p->m, p->k, p->rows).large)
+        return launch_cut<MODE, true, GROUP>(device, p);
+    return launch_cut < MODE, false, MODE == STEP_MODE_X ? 16 : 32 > (device, p);
 }
 
 template <bool RESIDENT> static int launch_head(struct kernel_device *device, struct step_wide_linear *p)
 {
-    using L = layout<2, RESIDENT>;
+    using L = layout<true, GROUP, RESIDENT>;
     const int tiles = (int)divide_up(p->m, L::M), groups = (int)divide_up(p->rows, GROUP);
     const int most = device->multiprocessors / groups, k_blocks = (int)divide_up(p->k, TILE_K);
-    const int resident = RESIDENT ? k_blocks * BOX : 0, room = device->shared_bytes - 2048 - resident;
+    const int resident = RESIDENT ? k_blocks * L::X : 0, room = device->shared_bytes - 2048 - resident;
     if (RESIDENT && room < 4 * L::STAGE)
         return launch_head<false>(device, p);
     p->stages = room / L::STAGE < STAGES_MOST ? room / L::STAGE : STAGES_MOST;
@@ -718,7 +789,7 @@ template <bool RESIDENT> static int launch_head(struct kernel_device *device, st
     if (status != KERNEL_OK)
         return status;
     dim3 grid((unsigned)(tiles < most ? tiles : most), (unsigned)groups);
-    return step_launch(device, kernel, grid, L::THREADS + WARP, shared, 1, true, *p);
+    return step_launch(device, kernel, grid, CONSUMERS + WARP, shared, 1, true, *p);
 }
 
 int step_wide_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p)

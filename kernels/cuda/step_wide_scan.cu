@@ -185,7 +185,7 @@ static __device__ __forceinline__ float low_rank_dt(const struct step_lora &lora
 }
 
 template <int STAGES, bool ADAPTED>
-static __global__ void __launch_bounds__(STEP_THREADS, 4)
+static __global__ void __launch_bounds__(STEP_THREADS, 5)
     wide_scan_kernel(const __grid_constant__ struct step_wide_scan p)
 {
 #if STEP_HOPPER
@@ -401,8 +401,9 @@ static int launch_stages(struct kernel_device *device, const struct step_wide_sc
 int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_scan *p)
 {
     const int groups = p->rows / SEQUENCES, columns = p->inner / CHANNELS;
-    int splits = device->multiprocessors * 3 / columns;
-    splits = splits < 1 ? 1 : splits > groups ? groups : splits;
+    int splits = 1;
+    while (splits < groups && splits * columns * 2 < device->multiprocessors * 5)
+        splits *= 2;
     switch (divide_up(groups, splits)) {
     case 1:
         return launch_stages<1>(device, p, splits);
