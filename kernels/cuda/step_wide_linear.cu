@@ -286,29 +286,60 @@ static __device__ __forceinline__ void gather_scale(const struct step_wide_linea
     }
 }
 
-/* What their adapters' A made of them: a warp a row, 4 lanes a sum. */
-static __device__ __forceinline__ void gather_u(const struct step_wide_linear &p, int target, int n0, int own,
-                                                float *u)
+/* One adapter to a product: its part of the results, and of what the next product is fed. Ranks are 0 where there is
+ * none. */
+struct adapter_use {
+    int rank, next_rank;
+    float scale;
+    const float *b, *next_a;
+};
+
+static __device__ __forceinline__ struct adapter_use use_of(const struct step_wide_linear &p, int adapter,
+                                                            int target, int next_target)
 {
-    const int lane = threadIdx.x % WARP;
+    struct adapter_use use = {};
+    if (adapter < 0)
+        return use;
+    use.b = p.lora[adapter].b[target];
+    use.rank = use.b != NULL ? p.lora[adapter].rank : 0;
+    use.scale = p.lora[adapter].scale;
+    if (p.next_lora != NULL) {
+        use.next_a = p.next_lora[adapter].a[next_target];
+        use.next_rank = use.next_a != NULL ? p.next_lora[adapter].rank : 0;
+    }
+    return use;
+}
+
+/* What the rows' adapters' A made of them. 8 lanes a row, or 16 or 32 where there are few: one load after the other is
+ * what this must not be. main: the adapter that main_use is of. */
+static __device__ __forceinline__ void gather_u(const struct step_wide_linear &p, int target, int n0, int own,
+                                                const int *row_adapter, int main,
+                                                const struct adapter_use &main_use, int most, float *u)
+{
+    const int lanes = own > CONSUMERS / 16 ? 1 : own > CONSUMERS / 32 ? 2 : 4;
+    const int share = (int)threadIdx.x / 8 % lanes, parts = p.u.count;
 #pragma unroll 1
-    for (int local = threadIdx.x / WARP; local < own; local += CONSUMERS / WARP) {
-        int n = n0 + local, adapter = n < p.header->rows ? p.header->adapters[n] : -1;
-        if (adapter < 0 || p.lora[adapter].b[target] == NULL)
-            continue;
-        const int rank = p.lora[adapter].rank;
+    for (int first_row = 0; first_row < own; first_row += CONSUMERS / 8 / lanes) {
+        const int local = first_row + (int)threadIdx.x / 8 / lanes;
+        const int adapter = local < own ? row_adapter[local] : -1;
+        const int rank = adapter < 0       ? 0
+                         : adapter == main ? main_use.rank
+                                           : use_of(p, adapter, target, target).rank;
 #pragma unroll 1
-        for (int first = 0; first < rank; first += 8) {
-            const int j = first + lane % 8;
+        for (int first = 0; first < most; first += 8) {
+            const int j = first + (int)threadIdx.x % 8;
+            const float *from = p.u.values + (int64_t)(n0 + local) * STEP_RANK + j;
             float sum = 0.0f;
             if (j < rank) {
 #pragma unroll 12
-                for (int s = lane / 8; s < p.u.count; s += 4)
-                    sum += p.u.values[((int64_t)s * p.rows + n) * STEP_RANK + j];
+                for (int s = share; s < parts; s += lanes)
+                    sum += from[(int64_t)s * p.rows * STEP_RANK];
             }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-            if (lane < 8 && j < rank)
+            if (lanes > 1)
+                sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+            if (lanes > 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+            if (share == 0 && j < rank)
                 u[local * STEP_RANK + j] = sum;
         }
     }
@@ -324,21 +355,17 @@ static __device__ __forceinline__ void copy_one(float *to, const float *from)
 
 /* What the block needs of one adapter behind the product: B's rows, as [rank][M], and A's columns of the next one. */
 template <int M>
-static __device__ __forceinline__ void copy_factors(const struct step_lora &lora, int target,
-                                                    const struct step_lora *next, int next_target,
-                                                    int first_row, int m, int columns, float *b, float *a)
+static __device__ __forceinline__ void copy_factors(const struct adapter_use &use, int first_row, int m,
+                                                    int columns, float *b, float *a)
 {
-    const int rank = lora.rank;
-    if (lora.b[target] != NULL)
-        for (int i = threadIdx.x; i < min(M, m - first_row) * rank; i += CONSUMERS)
-            copy_one(b + i % rank * M + i / rank, lora.b[target] + (int64_t)first_row * rank + i);
-    const int own = min(M, columns - first_row);
-    if (next == NULL || own <= 0 || next->a[next_target] == NULL)
-        return;
-    for (int i = threadIdx.x; i < rank * (own / 4); i += CONSUMERS) {
-        int j = i / (own / 4), at = i % (own / 4) * 4;
-        step_copy(a + j * M + at, next->a[next_target] + (int64_t)j * columns + first_row + at);
-    }
+    for (int i = threadIdx.x; i < min(M, m - first_row) * use.rank; i += CONSUMERS)
+        copy_one(b + i % use.rank * M + i / use.rank, use.b + (int64_t)first_row * use.rank + i);
+    const int own = min(M, columns - first_row) / 4;
+    if (own > 0)
+        for (int i = threadIdx.x; i < use.next_rank * own; i += CONSUMERS) {
+            int j = i / own, at = i % own * 4;
+            step_copy(a + j * M + at, use.next_a + (int64_t)j * columns + first_row + at);
+        }
 }
 
 /* The convolution's weights of a tile, [STEP_CONV][M], and behind them its bias. */
@@ -372,6 +399,7 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     __shared__ __align__(16) float filter[MODE == STEP_MODE_IN ? (STEP_CONV + 1) * L::M : 1];
     __shared__ float row_scale[QUADS * L::ROWS_AT_ONCE],
         row_u[ADAPTED ? QUADS * L::ROWS_AT_ONCE * STEP_RANK : 1];
+    __shared__ int row_adapter[ADAPTED ? QUADS * L::ROWS_AT_ONCE : 1];
     const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, NULL, full, empty,
                               p.stages};
     float *sums =
@@ -429,11 +457,19 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
         norm = load_quad(p.norm + out);
     }
     float *factors_b = reinterpret_cast<float *>(ring.tiles + p.factors), *factors_a = factors_b + L::FACTORS;
-    int main = -1;
-    if (ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD) {
+    int main = -1, most_rank = 0;
+    struct adapter_use main_use = {};
+    if (ADAPTED) {
+        most_rank = p.header->rank;
         main = p.header->main;
-        copy_factors<L::M>(p.lora[main], TARGET, p.next_lora != NULL ? &p.next_lora[main] : NULL, NEXT_TARGET,
-                           first_row, p.m, columns, factors_b, factors_a);
+        if (main >= 0 && p.lora[main].rank > STEP_AHEAD)
+            main = -1;
+        main_use = use_of(p, main, TARGET, NEXT_TARGET);
+        copy_factors<L::M>(main_use, first_row, p.m, columns, factors_b, factors_a);
+        if ((int)threadIdx.x < own)
+            row_adapter[threadIdx.x] =
+                n0 + (int)threadIdx.x < rows ? p.header->adapters[n0 + threadIdx.x] : -1;
+        numbered_wait(1, CONSUMERS);
     }
     cluster_wait();
 
@@ -450,7 +486,7 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     if (MODE == STEP_MODE_IN)
         gather_scale(p, n0, own, row_scale);
     if (ADAPTED)
-        gather_u(p, TARGET, n0, own, row_u);
+        gather_u(p, TARGET, n0, own, row_adapter, main, main_use, most_rank, row_u);
 
     float acc[ROWS / 2];
     struct place at = {0, 0};
@@ -499,7 +535,9 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     for (int i = 0; i < QUADS; i++) {
         const int local = row0 + i * L::ROWS_AT_ONCE, n = n0 + local;
         const bool live = local < own && n < rows;
-        const int adapter = ADAPTED && live ? p.header->adapters[n] : -1;
+        const int adapter = ADAPTED && live ? row_adapter[local] : -1;
+        const struct adapter_use use =
+            ADAPTED && adapter != main ? use_of(p, adapter, TARGET, NEXT_TARGET) : main_use;
         struct quad v = {}, fed = {};
         float squares = 0.0f;
         if (live && inside) {
@@ -514,19 +552,18 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                 for (int e = 0; e < 4; e++)
                     v.v[e] += part.v[e];
             }
-            if (ADAPTED && adapter >= 0 && p.lora[adapter].b[TARGET] != NULL) {
-                const struct step_lora &lora = p.lora[adapter];
-                const float *u = row_u + local * STEP_RANK, *b = lora.b[TARGET] + (int64_t)out * lora.rank;
+            if (ADAPTED && use.rank > 0) {
+                const float *u = row_u + local * STEP_RANK;
                 struct quad sum = {};
-#pragma unroll 1
-                for (int j = 0; j < lora.rank; j++) {
+#pragma unroll 2
+                for (int j = 0; j < use.rank; j++) {
                     struct quad factor;
                     if (adapter == main) {
                         factor = load_quad(factors_b + j * L::M + m);
                     } else {
 #pragma unroll
                         for (int e = 0; e < 4; e++)
-                            factor.v[e] = b[e * lora.rank + j];
+                            factor.v[e] = use.b[(int64_t)(out + e) * use.rank + j];
                     }
 #pragma unroll
                     for (int e = 0; e < 4; e++)
@@ -534,7 +571,7 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                 }
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    v.v[e] = fmaf(lora.scale, sum.v[e], v.v[e]);
+                    v.v[e] = fmaf(use.scale, sum.v[e], v.v[e]);
             }
             if (MODE == STEP_MODE_IN) { /* the input, and u, were without 1/rms */
                 const float scale = row_scale[local];
@@ -587,24 +624,22 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                 p.next_squares.values[(int64_t)tile * p.rows + n] = squares;
         }
         if (ADAPTED && FEEDS && p.next_lora != NULL && (MODE == STEP_MODE_OUT || first_row < p.inner)) {
-            const struct step_lora *next =
-                adapter >= 0 && p.next_lora[adapter].a[NEXT_TARGET] != NULL ? &p.next_lora[adapter] : NULL;
-            const int rank = next != NULL ? next->rank : 0, most = p.header->rank;
+            const int next_rank = live ? use.next_rank : 0;
 #pragma unroll 1
-            for (int first = 0; first < most; first += 8) {
+            for (int first = 0; first < most_rank; first += 8) {
                 float products[8];
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     products[j] = 0.0f;
-                    if (first + j < rank && out < columns)
+                    if (first + j < next_rank && out < columns)
                         products[j] =
-                            dot(fed, load_quad(adapter == main ? factors_a + (first + j) * L::M + m
-                                                               : next->a[NEXT_TARGET] +
-                                                                     (int64_t)(first + j) * columns + out));
+                            dot(fed, load_quad(adapter == main
+                                                   ? factors_a + (first + j) * L::M + m
+                                                   : use.next_a + (int64_t)(first + j) * columns + out));
                 }
                 const float sum = scatter_sum<L::LANES>(products);
                 const int j = first + scattered_index<L::LANES>();
-                if (j < rank && (int)threadIdx.x % (L::LANES / 8) == 0)
+                if (j < next_rank && (int)threadIdx.x % (L::LANES / 8) == 0)
                     p.next_u.values[((int64_t)tile * p.rows + n) * STEP_RANK + j] = sum;
             }
         }

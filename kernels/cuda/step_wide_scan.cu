@@ -155,17 +155,44 @@ static __device__ __forceinline__ float sum_of_groups(const float (&v)[LANE_CHAN
     return (odd ? high : low) + __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
 }
 
-/* The adapter's part of dt for one channel of this lane's; a and b: the factors, b of that channel. */
-static __device__ __forceinline__ float low_rank_dt(const struct step_lora &lora, const float *a,
-                                                    const float *b, const float *x_dbl, int dt_rank)
+/* One adapter to a lane: of dt_proj A and its channel's row of B, of out_proj its channel's column of A. Ranks are 0
+ * where there is none. */
+struct adapter_use {
+    int rank, out_rank;
+    float scale;
+    const float *a, *b, *out; /* b and out: of rank j at [j * step] */
+    int64_t b_step, out_step;
+};
+
+static __device__ __forceinline__ struct adapter_use use_of(const struct step_wide_scan &p, int adapter,
+                                                            int channel)
+{
+    struct adapter_use use = {};
+    if (adapter < 0)
+        return use;
+    const struct step_lora &lora = p.lora[adapter];
+    use.rank = lora.b[STEP_DT] != NULL ? lora.rank : 0;
+    use.out_rank = lora.a[STEP_OUT] != NULL ? lora.rank : 0;
+    use.scale = lora.scale;
+    use.a = lora.a[STEP_DT];
+    use.b = lora.b[STEP_DT] + (int64_t)channel * lora.rank;
+    use.b_step = 1;
+    use.out = lora.a[STEP_OUT] + channel;
+    use.out_step = p.inner;
+    return use;
+}
+
+/* The adapter's part of dt for one channel of this lane's. */
+static __device__ __forceinline__ float low_rank_dt(const struct adapter_use &use, const float *x_dbl,
+                                                    int dt_rank)
 {
     const int lane = threadIdx.x % WARP;
     float dt = 0.0f;
 #pragma unroll 1
-    for (int first = 0; first < lora.rank; first += 8) { /* 8 ranks at once, 4 lanes each */
+    for (int first = 0; first < use.rank; first += 8) { /* 8 ranks at once, 4 lanes each */
         float u = 0.0f;
-        if (first + lane / 4 < lora.rank) {
-            const float *factor = a + (first + lane / 4) * dt_rank;
+        if (first + lane / 4 < use.rank) {
+            const float *factor = use.a + (first + lane / 4) * dt_rank;
 #pragma unroll 4
             for (int i = lane % 4 * 4; i < dt_rank; i += 16) {
                 float4 low = load4(x_dbl + i), f = load4(factor + i);
@@ -177,11 +204,36 @@ static __device__ __forceinline__ float low_rank_dt(const struct step_lora &lora
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float one = __shfl_sync(0xffffffffu, u, 4 * j);
-            if (first + j < lora.rank)
-                dt = fmaf(one, b[first + j], dt);
+            if (first + j < use.rank)
+                dt = fmaf(one, use.b[(first + j) * use.b_step], dt);
         }
     }
-    return lora.scale * dt;
+    return use.scale * dt;
+}
+
+/* This lane's channel's part of the sums that out_proj wants. */
+static __device__ __forceinline__ void feed_out(const struct step_wide_scan &p, const struct adapter_use &use,
+                                                int n, float y)
+{
+#pragma unroll 1
+    for (int first = 0; first < use.out_rank; first += 8) {
+        float products[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            products[j] = first + j < use.out_rank ? y * use.out[(first + j) * use.out_step] : 0.0f;
+        const float sum = scatter_sum<WARP>(products);
+        const int j = first + scattered_index<WARP>();
+        if (threadIdx.x % (WARP / 8) == 0 && j < use.out_rank)
+            p.next_u.values[((int64_t)blockIdx.x * p.rows + n) * STEP_RANK + j] = sum;
+    }
+}
+
+/* 4 bytes as step_copy. */
+static __device__ __forceinline__ void copy_one(float *to, const float *from)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from)
+                 : "memory");
 }
 
 template <int STAGES, bool ADAPTED>
@@ -191,6 +243,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
 #if STEP_HOPPER
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ float dts[DT_WARPS][SEQUENCES][CHANNELS + 4];
+    __shared__ int adapters[ADAPTED ? STEP_WIDE_ROWS : 1]; /* of this block's sequences */
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
     const int first = blockIdx.x * CHANNELS;
     const int quad = lane % (CHANNELS / LANE_CHANNELS) * LANE_CHANNELS, channel = first + quad;
@@ -235,18 +288,22 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
           *out_a = dt_b + STEP_AHEAD * CHANNELS, *dt_a = out_a + STEP_AHEAD * CHANNELS;
     const int main =
         ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD ? p.header->main : -1;
-    if (main >= 0) {
-        const struct step_lora &ahead = p.lora[main];
-        if (ahead.b[STEP_DT] != NULL) {
-            step_copy_floats(dt_a, ahead.a[STEP_DT], ahead.rank * p.rank, threadIdx.x, STEP_THREADS);
-            step_copy_floats(dt_b, ahead.b[STEP_DT] + (int64_t)first * ahead.rank, CHANNELS * ahead.rank,
-                             threadIdx.x, STEP_THREADS);
-        }
-        if (ahead.a[STEP_OUT] != NULL)
-            for (int i = threadIdx.x; i < ahead.rank * (CHANNELS / 4); i += STEP_THREADS) {
-                int j = i / (CHANNELS / 4), at = i % (CHANNELS / 4) * 4;
-                step_copy(out_a + j * CHANNELS + at, ahead.a[STEP_OUT] + (int64_t)j * p.inner + first + at);
-            }
+    struct adapter_use main_use = {};
+    if (ADAPTED) {
+        for (int i = threadIdx.x; i < (end - begin) * SEQUENCES; i += STEP_THREADS)
+            adapters[i] = p.header->adapters[begin * SEQUENCES + i];
+        main_use = use_of(p, main, single);
+        step_copy_floats(dt_a, main_use.a, main_use.rank * p.rank, threadIdx.x, STEP_THREADS);
+        for (int j = warp; j < main_use.rank; j += WARPS)
+            copy_one(dt_b + j * CHANNELS + lane,
+                     p.lora[main].b[STEP_DT] + (int64_t)(first + lane) * main_use.rank + j);
+        for (int j = warp; j < main_use.out_rank; j += WARPS)
+            copy_one(out_a + j * CHANNELS + lane,
+                     p.lora[main].a[STEP_OUT] + (int64_t)j * p.inner + first + lane);
+        main_use.a = dt_a;
+        main_use.b = dt_b + own;
+        main_use.out = out_a + own;
+        main_use.b_step = main_use.out_step = CHANNELS;
     }
     const float bias = p.dt_bias[single], skip = p.d[single];
 
@@ -289,17 +346,18 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
 
         if (live) {
             const float *x_dbl = in->x_dbl + warp * (p.width + PAD);
-            const int adapter = ADAPTED ? p.header->adapters[n] : -1;
-            const struct step_lora *lora = adapter >= 0 ? &p.lora[adapter] : NULL;
+            struct adapter_use use = main_use;
+            if (ADAPTED) { /* a warp's sequence has one adapter */
+                const int adapter = adapters[(at - begin) * SEQUENCES + warp];
+                if (adapter != main)
+                    use = use_of(p, adapter, single);
+            }
             float delta = bias;
 #pragma unroll
             for (int share = 0; share < DT_WARPS; share++)
                 delta += dts[share][warp][own];
-            if (lora != NULL && lora->b[STEP_DT] != NULL) /* a warp's sequence has one adapter */
-                delta += low_rank_dt(*lora, adapter == main ? dt_a : lora->a[STEP_DT],
-                                     adapter == main ? dt_b + own * lora->rank
-                                                     : lora->b[STEP_DT] + (int64_t)single * lora->rank,
-                                     x_dbl, p.rank);
+            if (ADAPTED)
+                delta += low_rank_dt(use, x_dbl, p.rank);
             delta = softplus(delta);
             float dt[LANE_CHANNELS], dtx[LANE_CHANNELS], y[LANE_CHANNELS] = {};
             union {
@@ -334,21 +392,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
             const step_type result =
                 from_float<step_type>(fmaf(skip, to_float(in->xc[warp][own]), sum) * silu(in->z[warp][own]));
             p.y[(int64_t)n * p.inner + single] = result;
-            if (lora != NULL && lora->a[STEP_OUT] != NULL) {
-                const float *factor = adapter == main ? out_a + own : lora->a[STEP_OUT] + single;
-                const int64_t stride = adapter == main ? (int64_t)CHANNELS : p.inner;
-#pragma unroll 1
-                for (int j = 0; j < lora->rank; j += 8) {
-                    float products[8];
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        products[i] = j + i < lora->rank ? to_float(result) * factor[(j + i) * stride] : 0.0f;
-                    float u = scatter_sum<WARP>(products);
-                    int at_rank = j + scattered_index<WARP>();
-                    if (lane % (WARP / 8) == 0 && at_rank < lora->rank)
-                        p.next_u.values[((int64_t)blockIdx.x * p.rows + n) * STEP_RANK + at_rank] = u;
-                }
-            }
+            if (ADAPTED)
+                feed_out(p, use, n, to_float(result));
         }
         __syncthreads(); /* the stage has been read */
         const int next = at + STAGES, next_n = next * SEQUENCES + warp;
