@@ -92,13 +92,12 @@ int replay_layer(const struct pass *pass, int64_t layer, enum direction directio
     if (!pass->replay)
         return work(pass, arg);
     struct kernel_recording **at = &pass->replay->layers[2 * layer + direction];
-    if (*at) {
+    for (int attempt = 0; attempt < 2 && (*at || !record(pass, work, arg, at)); attempt++) {
         int status = ops->record_run(pass->model->device, *at);
         if (status != KERNEL_UNSUPPORTED)
             return status;
         ops->record_free(pass->model->device, *at);
         *at = NULL;
     }
-    /* Where recording fails, the ops themselves say why, or just run. */
-    return record(pass, work, arg, at) ? work(pass, arg) : ops->record_run(pass->model->device, *at);
+    return work(pass, arg); /* where recording fails, the ops themselves say why, or just run */
 }

@@ -140,7 +140,7 @@ static void move_shared_memory(struct kernel_device *device)
 
 static int count_replay(struct kernel_device *device, const struct kernel_recording *recording)
 {
-    if (++replayed == 5)
+    if (++replayed == 40) /* in the second pass that runs what was recorded */
         move_shared_memory(device);
     int status = kernels_cuda()->record_run(device, recording);
     stale += status == KERNEL_UNSUPPORTED;
