@@ -186,7 +186,8 @@ static struct cost cost_rmsnorm_forward(const struct rmsnorm_forward_args *a)
     double elements = (double)a->rows * (double)a->d, size = size_of(a->act);
     bool changes = a->x || a->residual_out != a->residual;
     return cost_of(4 * elements,
-                   elements * ((a->x ? size : 0) + sizeof(float) + (changes ? sizeof(float) : 0) + size),
+                   elements * ((a->x ? size : 0) + sizeof(float) + (changes ? sizeof(float) : 0) +
+                               (a->kept ? size : 0) + size),
                    precision_of(a->act, false), "rmsnorm_forward");
 }
 
