@@ -1,7 +1,9 @@
 /* conv.cu: causal depthwise convolution with SiLU. A thread takes a few neighbouring channels through a run of tokens,
- * with the last inputs in registers and a BATCH of loads under way at a time; a run may cross from one sequence into the
- * next, where those are set again. A width without a kernel of its own, or rows that cannot be read some channels at a
- * time, are left to kernels that read every tap from memory. */
+ * with the last inputs in registers and the next batches of rows on their way through shared memory; a run may cross from
+ * one sequence into the next, where those are set again. A width without a kernel of its own, or rows that cannot be read
+ * some channels at a time, are left to kernels that read every tap from memory. */
+#include <cuda_pipeline.h>
+
 #include "kernels/cuda/vector.cuh"
 
 namespace
@@ -10,16 +12,31 @@ namespace
 enum {
     LANE_CHANNELS = 4,
     BLOCK_THREADS = 128,
-    RUN_MOST = 64, /* tokens of a thread; each run reads width - 1 more, and the backward twice that */
-    RUN_LONG_FROM = 1 << 25,
-    BATCH = 8,
+    RUN_LEAST = 16, /* tokens of a thread; each run reads width - 1 more, and the backward twice that */
+    RUN_MOST = 96,
+    RUN_STEP = 4,
+    MULTIPROCESSORS = 132, /* of a large device: what runs are made for, whichever it is */
+    FORWARD_BLOCKS = 8,    /* of a multiprocessor */
+    BACKWARD_BLOCKS = 5,
+    BATCH = 4, /* tokens that a thread waits for at a time */
+    DEPTH = 3, /* batches: under way, and one at hand */
     WIDTH_MOST = 64,
 };
 
-/* Tokens of a thread's run: long ones where there are threads enough. */
-int64_t run_of(int64_t tokens, int64_t channels)
+/* Tokens of a thread's run: those with which the rounds of blocks that a grid takes are soonest done, each as long as a
+ * run and what it takes to begin. Depends on the sizes alone, as sums over runs do. */
+int64_t run_of(int64_t tokens, int64_t channels, int64_t blocks_of_multiprocessor)
 {
-    return tokens * channels >= RUN_LONG_FROM ? RUN_MOST : RUN_MOST / 2;
+    const int64_t begin = 8, at_once = blocks_of_multiprocessor * MULTIPROCESSORS;
+    int64_t best = RUN_LEAST, least = INT64_MAX, columns = divide_up(channels, BLOCK_THREADS * LANE_CHANNELS);
+    for (int64_t run = RUN_LEAST; run <= RUN_MOST; run += RUN_STEP) {
+        int64_t time = divide_up(divide_up(tokens, run) * columns, at_once) * (run + begin);
+        if (time < least) {
+            least = time;
+            best = run;
+        }
+    }
+    return best;
 }
 
 /* A thread's channels of a row as they are in memory. */
@@ -27,9 +44,30 @@ template <typename T> struct alignas(LANE_CHANNELS * sizeof(T)) lane_row {
     T v[LANE_CHANNELS];
 };
 
-template <typename T> __device__ __forceinline__ struct lane_row<T> load_row(const T *p) {
-    return *reinterpret_cast<const struct lane_row<T> *>(p);
-}
+/* Rows on their way to a thread's channels, through shared memory, so that they wait in no registers: token t0 + i of
+ * `count` has place i % (DEPTH BATCH). Nobody else reads what a thread has copied. */
+template <typename T> struct row_ring {
+    struct lane_row<T> (*rows)[BLOCK_THREADS]; /* [DEPTH * BATCH] */
+    const T *next;
+    int64_t stride;
+
+    __device__ __forceinline__ row_ring(struct lane_row<T> (*rows)[BLOCK_THREADS], const void *p, int64_t at,
+                                        int64_t stride)
+        : rows(rows), next((const T *)p + at), stride(stride)
+    {
+    }
+    /* Asks for the next batch, as far as there are tokens. at: of its first token in the ring. */
+    __device__ __forceinline__ void copy(int at, int64_t count)
+    {
+#pragma unroll
+        for (int j = 0; j < BATCH; j++, next += stride)
+            if (j < count)
+                __pipeline_memcpy_async(&rows[at + j][threadIdx.x], next, sizeof(struct lane_row<T>));
+    }
+    __device__ __forceinline__ const struct lane_row<T> &row(int at) const {
+        return rows[at][threadIdx.x];
+    }
+};
 
 /* Inputs of a thread's channels at position t, which may lie before the sequence's first token. */
 template <typename T>
@@ -104,37 +142,53 @@ __device__ __forceinline__ void step_forward(const taps<WIDTH> &w, const struct 
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(BLOCK_THREADS) forward_kernel(struct conv_forward_args a, int64_t run)
+__global__ void __launch_bounds__(BLOCK_THREADS, FORWARD_BLOCKS)
+    forward_kernel(struct conv_forward_args a, int64_t run)
 {
+    __shared__ struct lane_row<T> rows[DEPTH * BATCH][BLOCK_THREADS];
     int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
-    int64_t t = (int64_t)blockIdx.x * run, last = min(t + run, a.tokens);
+    int64_t first = (int64_t)blockIdx.x * run, last = min(first + run, a.tokens);
     if (c >= a.channels)
         return;
+    struct row_ring<T> ring(rows, a.x, first * a.x_stride + c, a.x_stride);
+#pragma unroll
+    for (int i = 0; i < DEPTH - 1; i++) {
+        ring.copy(i * BATCH, last - first - i * BATCH);
+        __pipeline_commit();
+    }
     const taps<WIDTH> w(a.weight, a.bias, c);
     float window[WIDTH][LANE_CHANNELS]; /* inputs t-WIDTH+1 .. t */
-    int32_t s = part_of(a.seq_starts, a.n_seqs, t);
-    while (t < last) {
-        while (t >= a.seq_starts[s + 1])
-            s++;
-        int64_t start = a.seq_starts[s], end = min((int64_t)a.seq_starts[s + 1], last);
-        const float *state = state_of(a.initial, s);
+    int32_t s = part_of(a.seq_starts, a.n_seqs, first);
+    int64_t end = a.seq_starts[s + 1];
+    auto begin = [&](int64_t t, int64_t start) {
 #pragma unroll
         for (int k = 1; k < WIDTH; k++)
-            input_at((const T *)a.x, a.x_stride, t - WIDTH + k, start, state, a.channels, WIDTH, c,
-                     window[k]);
-        const T *x = (const T *)a.x + t * a.x_stride + c;
-        T *y = (T *)a.y + t * a.y_stride + c;
-        for (; t + BATCH <= end; t += BATCH) {
-            struct lane_row<T> rows[BATCH];
-#pragma unroll
-            for (int j = 0; j < BATCH; j++, x += a.x_stride)
-                rows[j] = load_row(x);
+            input_at((const T *)a.x, a.x_stride, t - WIDTH + k, start, state_of(a.initial, s), a.channels,
+                     WIDTH, c, window[k]);
+    };
+    begin(first, a.seq_starts[s]);
+    T *y = (T *)a.y + first * a.y_stride + c;
+    int at = 0;
+    for (int64_t t = first; t < last; t += BATCH, at = (at + BATCH) % (DEPTH * BATCH)) {
+        ring.copy((at + (DEPTH - 1) * BATCH) % (DEPTH * BATCH), last - t - (DEPTH - 1) * BATCH);
+        __pipeline_commit();
+        __pipeline_wait_prior(DEPTH - 1);
+        if (t + BATCH <= min(end, last)) {
 #pragma unroll
             for (int j = 0; j < BATCH; j++, y += a.y_stride)
-                step_forward(w, rows[j], window, y);
+                step_forward(w, ring.row(at + j), window, y);
+            continue;
         }
-        for (; t < end; t++, x += a.x_stride, y += a.y_stride)
-            step_forward(w, load_row(x), window, y);
+#pragma unroll 1
+        for (int j = 0; j < BATCH && t + j < last; j++, y += a.y_stride) {
+            if (t + j == end) {
+                while (t + j >= a.seq_starts[s + 1])
+                    s++;
+                end = a.seq_starts[s + 1];
+                begin(t + j, t + j);
+            }
+            step_forward(w, ring.row(at + j), window, y);
+        }
     }
 }
 
@@ -254,61 +308,88 @@ __device__ __forceinline__ void store_gradient(const taps<WIDTH> &w, const struc
  * the run's end the walk goes on for the width - 1 tokens whose outputs read the run's last inputs, or with zeros where
  * the sequence ends. parts: [runs][width + 1][channels], if SUMS. */
 template <typename T, int WIDTH, bool SUMS>
-__global__ void __launch_bounds__(BLOCK_THREADS)
+__global__ void __launch_bounds__(BLOCK_THREADS, SUMS ? BACKWARD_BLOCKS - 1 : BACKWARD_BLOCKS)
     backward_kernel(struct conv_backward_args a, int64_t run, float *parts)
 {
+    __shared__ struct lane_row<T> rows[2][DEPTH * BATCH][BLOCK_THREADS];
     int64_t c = ((int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x) * LANE_CHANNELS;
-    int64_t first = (int64_t)blockIdx.x * run, last = min(first + run, a.tokens), t = first;
+    int64_t first = (int64_t)blockIdx.x * run, last = min(first + run, a.tokens);
+    int64_t walk_end = min(last + WIDTH - 1, a.tokens);
     if (c >= a.channels)
         return;
+    struct row_ring<T> inputs(rows[0], a.x, first * a.x_stride + c, a.x_stride);
+    struct row_ring<T> grads(rows[1], a.dy, first * a.dy_stride + c, a.dy_stride);
+#pragma unroll
+    for (int i = 0; i < DEPTH - 1; i++) {
+        inputs.copy(i * BATCH, walk_end - first - i * BATCH);
+        grads.copy(i * BATCH, walk_end - first - i * BATCH);
+        __pipeline_commit();
+    }
     const taps<WIDTH> w(a.weight, a.bias, c);
     struct carried<WIDTH> k = {
     };
-    int32_t s = part_of(a.seq_starts, a.n_seqs, t);
-    while (t < last) {
-        while (t >= a.seq_starts[s + 1])
-            s++;
-        int64_t start = a.seq_starts[s], seq_end = a.seq_starts[s + 1], begin = max(start, first) + WIDTH - 1;
-        int64_t end = min(seq_end, last + WIDTH - 1), own_end = min(seq_end, last);
+    int32_t s = part_of(a.seq_starts, a.n_seqs, first);
+    int64_t end = a.seq_starts[s + 1], own = first; /* the first input of the run in this sequence */
 #pragma unroll
-        for (int j = 1; j < WIDTH; j++)
-            input_at((const T *)a.x, a.x_stride, t - WIDTH + j, start, NULL, a.channels, WIDTH, c,
-                     k.window[j]);
+    for (int j = 1; j < WIDTH; j++)
+        input_at((const T *)a.x, a.x_stride, first - WIDTH + j, a.seq_starts[s], NULL, a.channels, WIDTH, c,
+                 k.window[j]);
+    T *dx = (T *)a.dx + (first - WIDTH + 1) * a.dx_stride + c; /* of the input WIDTH - 1 tokens back */
+    /* No outputs read the sequence's last inputs but those behind. */
+    auto finish = [&]() {
+        T *to = dx;
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++)
-#pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; i++)
-                k.slope[j][i] = 0.0f;
-        const T *x = (const T *)a.x + t * a.x_stride + c, *dy = (const T *)a.dy + t * a.dy_stride + c;
-        T *dx = (T *)a.dx + (t - WIDTH + 1) * a.dx_stride + c;
-        for (; t + BATCH <= end; t += BATCH) {
-            struct lane_row<T> inputs[BATCH], grads[BATCH];
-#pragma unroll
-            for (int j = 0; j < BATCH; j++, x += a.x_stride, dy += a.dy_stride) {
-                inputs[j] = load_row(x);
-                grads[j] = load_row(dy);
-            }
-#pragma unroll
-            for (int j = 0; j < BATCH; j++, dx += a.dx_stride) {
-                step_backward<T, WIDTH, SUMS>(w, inputs[j], grads[j], t + j < own_end, &k);
-                if (t + j >= begin)
-                    store_gradient(w, k, dx);
-            }
-        }
-        for (; t < end; t++, x += a.x_stride, dy += a.dy_stride, dx += a.dx_stride) {
-            step_backward<T, WIDTH, SUMS>(w, load_row(x), load_row(dy), t < own_end, &k);
-            if (t >= begin)
-                store_gradient(w, k, dx);
-        }
-        for (int64_t rest = end; rest < own_end + WIDTH - 1; rest++, dx += a.dx_stride) {
+        for (int j = 1; j < WIDTH; j++, to += a.dx_stride) {
             move_up(k.slope);
 #pragma unroll
             for (int i = 0; i < LANE_CHANNELS; i++)
                 k.slope[WIDTH - 1][i] = 0.0f;
-            if (rest >= begin)
+            if (end - WIDTH + j >= own && end - WIDTH + j < last)
+                store_gradient(w, k, to);
+        }
+    };
+    bool finished = false;
+    int at = 0;
+    for (int64_t t = first; t < walk_end; t += BATCH, at = (at + BATCH) % (DEPTH * BATCH)) {
+        int ahead = (at + (DEPTH - 1) * BATCH) % (DEPTH * BATCH);
+        inputs.copy(ahead, walk_end - t - (DEPTH - 1) * BATCH);
+        grads.copy(ahead, walk_end - t - (DEPTH - 1) * BATCH);
+        __pipeline_commit();
+        __pipeline_wait_prior(DEPTH - 1);
+        if (t + BATCH <= min(end, walk_end) && t >= own + WIDTH - 1) {
+#pragma unroll
+            for (int j = 0; j < BATCH; j++, dx += a.dx_stride) {
+                step_backward<T, WIDTH, SUMS>(w, inputs.row(at + j), grads.row(at + j), t + j < last, &k);
+                store_gradient(w, k, dx);
+            }
+            continue;
+        }
+#pragma unroll 1
+        for (int j = 0; j < BATCH && t + j < walk_end; j++, dx += a.dx_stride) {
+            if (t + j == end) {
+                finish();
+                if (end >= last) {
+                    finished = true;
+                    walk_end = end;
+                    break;
+                }
+                own = end;
+                while (own >= a.seq_starts[s + 1])
+                    s++;
+                end = a.seq_starts[s + 1];
+#pragma unroll
+                for (int m = 0; m < WIDTH; m++)
+#pragma unroll
+                    for (int i = 0; i < LANE_CHANNELS; i++)
+                        k.window[m][i] = k.slope[m][i] = 0.0f;
+            }
+            step_backward<T, WIDTH, SUMS>(w, inputs.row(at + j), grads.row(at + j), t + j < last, &k);
+            if (t + j >= own + WIDTH - 1)
                 store_gradient(w, k, dx);
         }
     }
+    if (!finished && end == walk_end)
+        finish();
     if (!SUMS)
         return;
     float *part = parts + (int64_t)blockIdx.x * (WIDTH + 1) * a.channels;
@@ -419,7 +500,7 @@ bool all_singles(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)
 
 template <typename T> void forward_launch(cudaStream_t stream, const struct conv_forward_args &a, bool whole)
 {
-    int64_t run = run_of(a.tokens, a.channels);
+    int64_t run = run_of(a.tokens, a.channels, FORWARD_BLOCKS);
     dim3 grid((unsigned)divide_up(a.tokens, run),
               (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
     if (whole && a.width == 2)
@@ -436,7 +517,7 @@ template <typename T> void forward_launch(cudaStream_t stream, const struct conv
 template <typename T, int WIDTH>
 void backward_launch_width(cudaStream_t stream, const struct conv_backward_args &a, float *parts)
 {
-    int64_t run = run_of(a.tokens, a.channels);
+    int64_t run = run_of(a.tokens, a.channels, BACKWARD_BLOCKS);
     dim3 grid((unsigned)divide_up(a.tokens, run),
               (unsigned)divide_up(a.channels, BLOCK_THREADS * LANE_CHANNELS));
     if (parts != NULL)
@@ -448,7 +529,7 @@ void backward_launch_width(cudaStream_t stream, const struct conv_backward_args 
 template <typename T>
 void backward_launch(cudaStream_t stream, const struct conv_backward_args &a, float *parts, bool whole)
 {
-    int64_t run = run_of(a.tokens, a.channels);
+    int64_t run = run_of(a.tokens, a.channels, BACKWARD_BLOCKS);
     if (whole && a.width == 2)
         backward_launch_width<T, 2>(stream, a, parts);
     else if (whole && a.width == 3)
@@ -522,7 +603,8 @@ int cuda_conv_backward(struct kernel_device *device, const struct conv_backward_
         return KERNEL_OK;
     bool whole = taps_aligned(a.weight, a.bias, a.channels) && rows_aligned(a.x, a.x_stride, a.act) &&
                  rows_aligned(a.dy, a.dy_stride, a.act) && rows_aligned(a.dx, a.dx_stride, a.act);
-    int64_t runs = divide_up(a.tokens, run_of(a.tokens, a.channels)), run_floats = (a.width + 1) * a.channels;
+    int64_t runs = divide_up(a.tokens, run_of(a.tokens, a.channels, BACKWARD_BLOCKS)),
+            run_floats = (a.width + 1) * a.channels;
     void *parts = NULL;
     if (a.dweight != NULL || a.dbias != NULL)
         status = cuda_scratch(device, CUDA_SCRATCH_OP, (size_t)(runs * run_floats) * sizeof(float), &parts);
