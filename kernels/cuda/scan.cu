@@ -1,200 +1,173 @@
-/* scan.cu: the selective scan, forward. Its shape is told in scan.cuh.
+/* scan.cu: the selective scan, forward. How the work is divided is told in scan.cuh.
  *
- * What is computed once per token and channel (softplus, the gate) is the work of one lane of the channel: of QUAD
- * tokens at a time, each lane takes its part, and hands delta and delta x to the others through shuffles. The sums over
- * the states come back the same way, each to the lane whose token it is. Only B and C go through shared memory. */
-#include "kernels/cuda/scan.cuh"
+ * A thread has all or some of the states of two neighbouring channels, so that what it reads of B and C serves both.
+ * Where lanes share a channel, tokens go by turns of as many: what is computed once per token and channel (softplus, the
+ * gate) is the work of one lane, which hands delta and delta x to the others through shared memory; sums over the states
+ * come back through shuffles, each to the lane whose token it is. All that is read comes through shared memory, a tile of
+ * tokens ahead (scan_tile.cuh).
+ *
+ * The exponentials alone, at 16 a clock and multiprocessor, are most of the time that this takes. */
+#include "kernels/cuda/scan_tile.cuh"
 
 namespace
 {
 
-enum { TILE = 16, QUAD = 4, STEP_THREADS = 128, WARPS_WANTED = 2000 };
+enum { STEP_THREADS = 128, FEW_LANES_FROM = 65536 /* channels times spans */ };
 
-/* A lane's tokens of a quad, under way. */
-template <typename T, int OWN> struct own_tokens {
-    T x[OWN], dt[OWN], z[OWN];
+template <typename T, typename SHAPE> struct alignas(16) forward_memory {
+    enum { X, DT, Z, ARRAYS };
+    struct row_tile<T, SHAPE, ARRAYS> rows[2];
+    struct state_tile<T, SHAPE, 2> states[2];
+    /* The tokens of a turn, each made by one lane of its channel, and of the next one. */
+    struct scaled<SHAPE::LANE_CHANNELS> turns[2][SHAPE::LANES > 1 ? SHAPE::THREADS : 1];
 };
 
-/* And once they are needed. Tokens past the end, of which `left` may leave some, have delta 0: they leave the state as
- * it is. */
-template <int OWN> struct own_inputs {
-    float delta[OWN], x[OWN], z[OWN];
-
-    template <typename T>
-    __device__ __forceinline__ own_inputs(const struct own_tokens<T, OWN> &in, float bias, int left)
-    {
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            delta[i] = (i < left ? 1.0f : 0.0f) * softplus(to_float(in.dt[i]) + bias);
-            x[i] = to_float(in.x[i]);
-            z[i] = to_float(in.z[i]);
-        }
-    }
-};
-
-/* Where a lane's next token to load is, and the next to store. */
-template <typename T> struct cursor {
-    const T *x, *dt, *z;
-    T *y;
-
-    __device__ __forceinline__ cursor(const struct scan_forward_args &a, int64_t t, int64_t c)
-        : x((const T *)a.x + t * a.x_stride + c), dt((const T *)a.dt + t * a.dt_stride + c),
-          z((const T *)a.z + t * a.z_stride + c), y((T *)a.y + t * a.y_stride + c)
-    {
-    }
-};
-
-/* left: tokens from the lane's next on. */
-template <typename T, int OWN, bool LOCAL>
-__device__ __forceinline__ void load_own(const struct scan_forward_args &a, int left, struct cursor<T> *at,
-                                         struct own_tokens<T, OWN> *own)
+/* A thread's states into [d_state][channels]. */
+template <bool WHOLE, int S, int CH>
+__device__ __forceinline__ void store_chunk(float *to, int64_t n0, int64_t d_state, int64_t c,
+                                            int64_t channels, const float (&h)[CH][S])
 {
+    to += n0 * channels + c;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        bool inside = i < left;
-        int64_t rows = i == OWN - 1 ? QUAD - OWN + 1 : 1;
-        own->x[i] = inside ? *at->x : from_float<T>(0.0f);
-        own->dt[i] = inside ? *at->dt : from_float<T>(0.0f);
-        if (!LOCAL)
-            own->z[i] = inside ? *at->z : from_float<T>(0.0f);
-        at->x += rows * a.x_stride;
-        at->dt += rows * a.dt_stride;
-        at->z += rows * a.z_stride;
+    for (int i = 0; i < S; i++, to += channels) {
+        float v[CH];
+#pragma unroll
+        for (int k = 0; k < CH; k++)
+            v[k] = h[k][i];
+        store_several<CH, WHOLE>(to, n0 + i < d_state ? (int)(channels - c) : 0, v);
     }
 }
 
-/* A thread's part of the tiles' B and C: four neighbouring values of every ROWS-th token. WHOLE: d_state is STATES, and
- * rows are aligned. */
-template <typename T, typename SHAPE, bool WHOLE> struct tile_part {
-    enum {
-        FOURS = 2 * SHAPE::STATES / 4, /* of a token */
-        ROWS = SHAPE::THREADS / FOURS,
-        COUNT = TILE / ROWS,
-    };
-    static_assert(SHAPE::THREADS % FOURS == 0 && TILE % ROWS == 0, "whole rows");
-    const T *next;
-    int64_t stride;
-    int n; /* states from the thread's first on */
-    struct several<T, 4> v[COUNT];
-
-    __device__ __forceinline__ tile_part(const struct scan_forward_args &a, int64_t t)
-    {
-        int at = threadIdx.x % FOURS * 4, is_c = at >= SHAPE::STATES;
-        at -= is_c * SHAPE::STATES;
-        stride = is_c ? a.c_stride : a.b_stride;
-        next = (const T *)(is_c ? a.c : a.b) + (t + threadIdx.x / FOURS) * stride + at;
-        n = (int)a.d_state - at;
-    }
-    /* left: tokens from the tile's first on. */
-    __device__ __forceinline__ void load(int left)
-    {
-        left -= threadIdx.x / FOURS;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++, next += ROWS * stride)
-            v[i] = load_several<4, WHOLE>(next, i * ROWS < left ? n : 0);
-    }
-    __device__ __forceinline__ void store(float (&tile)[TILE][2 * SHAPE::STATES]) const
-    {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            *reinterpret_cast<float4 *>(&tile[i * ROWS + threadIdx.x / FOURS][threadIdx.x % FOURS * 4]) =
-                make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
-    }
-};
-
-/* LOCAL: from zero, only the span's last state and the sum of its delta. states, deltas: see scan_carry_kernel; NULL
- * unless split. */
-template <typename T, typename SHAPE, bool WHOLE, bool LOCAL>
+/* states: what the spans begin from, [spans][d_state][channels]; NULL unless split. */
+template <typename T, typename SHAPE, bool WHOLE>
 __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
-    scan_kernel(struct scan_forward_args a, struct scan_spans spans, float *states, float *deltas)
+    scan_kernel(struct scan_forward_args a, struct scan_spans spans, const float *states)
 {
-    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES, OWN = QUAD / LANES;
-    __shared__ __align__(16) float tiles[2][TILE][2 * SHAPE::STATES];
+    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES, CH = SHAPE::LANE_CHANNELS, TILE = SHAPE::TILE;
+    using memory = struct forward_memory<T, SHAPE>;
+    using raw = struct several<T, CH>;
+    __shared__ memory m;
 
     struct scan_span span = scan_span_at(spans, (int32_t)blockIdx.x);
-    int warp_lane = threadIdx.x % WARP, lane = warp_lane / SHAPE::LANE_STEP, n0 = lane * S;
-    int64_t c = (int64_t)blockIdx.y * SHAPE::CHANNELS + threadIdx.x / WARP * SHAPE::WARP_CHANNELS +
-                warp_lane % SHAPE::LANE_STEP;
-    bool active = c < a.channels;
-    int64_t state_size = a.d_state * a.channels;
-    const float *from = LOCAL         ? NULL
-                        : spans.split ? states + span.index * state_size
-                                      : state_of(a.initial, span.seq);
-    float rate[S], h[S], delta_sum = 0.0f;
-    float bias = active ? a.dt_bias[c] : 0.0f, skip = active ? a.d[c] : 0.0f;
-    load_states(a.a, n0, a.d_state, c, a.channels, rate);
-    load_states(from, n0, a.d_state, c, a.channels, h);
-#pragma unroll
-    for (int i = 0; i < S; i++)
-        rate[i] *= LOG2_E;
+    int64_t block_c = (int64_t)blockIdx.y * SHAPE::CHANNELS;
+    int length = (int)(span.end - span.begin);
+    struct row_copier<T, SHAPE, memory::ARRAYS, WHOLE> row_copier(a.channels - block_c);
+    row_copier.begin(memory::X, (const T *)a.x + span.begin * a.x_stride + block_c, a.x_stride);
+    row_copier.begin(memory::DT, (const T *)a.dt + span.begin * a.dt_stride + block_c, a.dt_stride);
+    row_copier.begin(memory::Z, (const T *)a.z + span.begin * a.z_stride + block_c, a.z_stride);
+    struct state_copier<T, SHAPE, 2, WHOLE> state_copier((const T *)a.b + span.begin * a.b_stride, a.b_stride,
+                                                         (const T *)a.c + span.begin * a.c_stride, a.c_stride,
+                                                         a.d_state);
+    row_copier.copy(&m.rows[0], length);
+    state_copier.copy(&m.states[0], length);
+    __pipeline_commit();
 
-    /* A thread without a channel has no tokens, but takes part in what a block does together. */
-    int length = (int)(span.end - span.begin), own_length = active ? length - lane * OWN : 0;
-    struct cursor<T> at(a, span.begin + lane * OWN, c);
-    struct own_tokens<T, OWN> next = {
+    int warp_lane = threadIdx.x % WARP, lane = warp_lane / SHAPE::LANE_STEP, n0 = lane * S;
+    int channel = threadIdx.x / WARP * SHAPE::WARP_CHANNELS + warp_lane % SHAPE::LANE_STEP * CH;
+    int64_t c = block_c + channel, state_size = a.d_state * a.channels;
+    bool active = c < a.channels;
+    const float *from = states != NULL ? states + span.index * state_size : state_of(a.initial, span.seq);
+    float rate[CH][S], h[CH][S], bias[CH], skip[CH];
+#pragma unroll
+    for (int k = 0; k < CH; k++) {
+        bias[k] = active ? a.dt_bias[c + k] : 0.0f;
+        skip[k] = active ? a.d[c + k] : 0.0f;
+        load_states(a.a, n0, a.d_state, c + k, a.channels, rate[k]);
+        load_states(from, n0, a.d_state, c + k, a.channels, h[k]);
+#pragma unroll
+        for (int i = 0; i < S; i++)
+            rate[k][i] *= LOG2_E;
+    }
+    T *y = (T *)a.y + (span.begin + lane) * a.y_stride + c;
+    const struct scaled<CH> *tokens = &m.turns[0][threadIdx.x / WARP * WARP + warp_lane % SHAPE::LANE_STEP];
+
+    /* The lane's token of a turn. Tokens past the end have delta 0: they leave the states as they are. */
+    auto read = [&](const T *own, int which, float(&out)[CH]) {
+        unpack(*reinterpret_cast<const raw *>(own + which * TILE * SHAPE::CHANNELS), out);
     };
-    load_own<T, OWN, LOCAL>(a, own_length, &at, &next);
-    struct own_inputs<OWN> now(next, bias, own_length);
-    load_own<T, OWN, LOCAL>(a, own_length - QUAD, &at, &next);
-    struct tile_part<T, SHAPE, WHOLE> part(a, span.begin);
-    part.load(length);
-    part.store(tiles[0]);
-    __syncthreads();
-    int buffer = 0;
-    for (int t0 = 0; t0 < length; t0 += TILE, buffer = 1 - buffer) {
-        if (!LOCAL && a.chunk_states != NULL && t0 % SCAN_CHUNK == 0)
-            store_states(a.chunk_states + (span.chunk + t0 / SCAN_CHUNK) * state_size, n0, a.d_state, c,
-                         a.channels, h);
-        part.load(length - t0 - TILE);
-#pragma unroll 1
-        for (int q = 0; q < TILE; q += QUAD) {
-            /* The next quad's delta depend on nothing here: they are made while this one's states wait. */
-            int left = own_length - t0 - q;
-            const struct own_inputs<OWN> soon(next, bias, left - QUAD);
-            load_own<T, OWN, LOCAL>(a, left - 2 * QUAD, &at, &next);
-            float sums[QUAD];
+    auto scale = [&](const T *own, bool inside) {
+        float x[CH], dt[CH];
+        read(own, memory::X, x);
+        read(own, memory::DT, dt);
+        struct scaled<CH> token;
 #pragma unroll
-            for (int j = 0; j < QUAD; j++) {
-                const float *row = tiles[buffer][q + j];
-                float b[S], cs[S], d = now.delta[j % OWN], u = d * now.x[j % OWN], sum[2] = {};
-                load_shared(row + n0, b);
-                if (!LOCAL)
-                    load_shared(row + SHAPE::STATES + n0, cs);
-                if (LANES > 1) {
-                    int source = j / OWN * SHAPE::LANE_STEP + warp_lane % SHAPE::LANE_STEP;
-                    d = __shfl_sync(0xffffffffu, d, source);
-                    u = __shfl_sync(0xffffffffu, u, source);
-                }
-#pragma unroll
-                for (int i = 0; i < S; i++) {
-                    h[i] = fmaf(exp2_fast(d * rate[i]), h[i], u * b[i]);
-                    if (!LOCAL)
-                        sum[i % 2] = fmaf(cs[i], h[i], sum[i % 2]); /* two chains are half as long */
-                }
-                sums[j] = sum[0] + sum[1];
-                delta_sum += d;
-            }
-            if constexpr (!LOCAL) {
-                reduce_scatter<QUAD, LANES, SHAPE::LANE_STEP>(sums, warp_lane);
-#pragma unroll
-                for (int i = 0; i < OWN; i++) {
-                    float y = fmaf(skip, now.x[i], sums[i]) * silu(now.z[i]);
-                    if (i < left)
-                        *at.y = from_float<T>(y);
-                    at.y += (i == OWN - 1 ? QUAD - OWN + 1 : 1) * a.y_stride;
-                }
-            }
-            now = soon;
+        for (int k = 0; k < CH; k++) {
+            token.delta[k] = softplus(dt[k] + (inside ? bias[k] : -INFINITY));
+            token.u[k] = token.delta[k] * x[k];
         }
-        part.store(tiles[1 - buffer]);
+        return token;
+    };
+    __pipeline_wait_prior(0);
+    state_copier.convert(&m.states[0]);
+    __syncthreads();
+    int buffer = 0, left = active ? length - lane : 0; /* tokens from the lane's next on */
+    for (int t0 = 0; t0 < length; t0 += TILE, buffer = 1 - buffer) {
+        if (a.chunk_states != NULL && t0 % SCAN_CHUNK == 0)
+            store_chunk<WHOLE>(a.chunk_states + (span.chunk + t0 / SCAN_CHUNK) * state_size, n0, a.d_state, c,
+                               a.channels, h);
+        if (t0 + TILE < length) {
+            row_copier.copy(&m.rows[1 - buffer], length - t0 - TILE);
+            state_copier.copy(&m.states[1 - buffer], length - t0 - TILE);
+        }
+        __pipeline_commit();
+        const T *own = &m.rows[buffer].v[0][lane][m.rows[0].column(lane, channel)];
+        const float *bc = &m.states[buffer].v[0][n0];
+        struct scaled<CH> next = scale(own, left > 0);
+#pragma unroll 1
+        for (int q = 0; q < TILE; q += 2 * LANES) {
+#pragma unroll
+            for (int turn = 0; turn < 2; turn++) {
+                float sums[LANES * CH];
+                struct scaled<CH> now = next;
+                if (LANES > 1) {
+                    m.turns[turn % 2][threadIdx.x] = next;
+                    __syncwarp();
+                }
+                /* The next turn's delta depend on nothing here: they are made while this one's states wait. After the
+                 * tile's last turn they are made of what lies behind, and not used. */
+                next = scale(own + LANES * SHAPE::CHANNELS, left > LANES);
+#pragma unroll
+                for (int j = 0; j < LANES; j++) {
+                    float b[S], cs[S];
+                    if (LANES > 1)
+                        now = tokens[turn % 2 * SHAPE::THREADS + j * SHAPE::LANE_STEP];
+                    load_shared(bc + j * 2 * SHAPE::STATES, b);
+                    load_shared(bc + j * 2 * SHAPE::STATES + SHAPE::STATES, cs);
+#pragma unroll
+                    for (int k = 0; k < CH; k++) {
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < S; i++) {
+                            h[k][i] = fmaf(exp2_fast(now.delta[k] * rate[k][i]), h[k][i], now.u[k] * b[i]);
+                            sum = fmaf(cs[i], h[k][i], sum);
+                        }
+                        sums[j * CH + k] = sum;
+                    }
+                }
+                reduce_scatter<LANES * CH, LANES, SHAPE::LANE_STEP>(sums, warp_lane);
+                float out[CH], x[CH], z[CH];
+                read(own, memory::X, x);
+                read(own, memory::Z, z);
+#pragma unroll
+                for (int k = 0; k < CH; k++)
+                    out[k] = fmaf(skip[k], x[k], sums[k]) * silu(z[k]);
+                store_several<CH, WHOLE>(y, left > 0 ? (int)(a.channels - c) : 0, out);
+                y += LANES * a.y_stride;
+                own += LANES * SHAPE::CHANNELS;
+                bc += LANES * 2 * SHAPE::STATES;
+                left -= LANES;
+            }
+        }
+        __pipeline_wait_prior(0);
+        state_copier.convert(&m.states[1 - buffer]);
         __syncthreads();
     }
 
-    float *to = LOCAL ? states + span.index * state_size : span.last ? state_of(a.final, span.seq) : NULL;
+    float *to = span.last ? state_of(a.final, span.seq) : NULL;
     if (to != NULL)
-        store_states(to, n0, a.d_state, c, a.channels, h);
-    if (LOCAL && lane == 0 && active)
-        deltas[span.index * a.channels + c] = delta_sum;
+#pragma unroll
+        for (int k = 0; k < CH; k++)
+            store_states(to, n0, a.d_state, c + k, a.channels, h[k]);
 }
 
 /* One token a sequence: a thread a channel, each state read and written once. */
@@ -249,34 +222,26 @@ bool all_singles(const int32_t *seq_starts, int32_t n_seqs, int64_t tokens)
 
 template <typename T, typename SHAPE, bool WHOLE>
 void launch(cudaStream_t stream, const struct scan_forward_args &a, const struct scan_spans &spans,
-            float *states, float *deltas)
+            const float *states)
 {
     dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
-    if (spans.split) {
-        scan_kernel<T, SHAPE, WHOLE, true><<<grid, SHAPE::THREADS, 0, stream>>>(a, spans, states, deltas);
-        dim3 carries((unsigned)a.n_seqs, (unsigned)a.d_state, (unsigned)divide_up(a.channels, STEP_THREADS));
-        scan_carry_kernel<false><<<carries, STEP_THREADS, 0, stream>>>(spans, a.a, a.channels, a.d_state,
-                                                                       a.initial, deltas, states);
-    }
-    scan_kernel<T, SHAPE, WHOLE, false><<<grid, SHAPE::THREADS, 0, stream>>>(a, spans, states, deltas);
+    scan_kernel<T, SHAPE, WHOLE><<<grid, SHAPE::THREADS, 0, stream>>>(a, spans, states);
 }
 
 /* As few lanes a channel as leave warps enough. */
 template <typename T>
 void launch_shaped(cudaStream_t stream, const struct scan_forward_args &a, const struct scan_spans &spans,
-                   float *states, float *deltas, bool whole)
+                   const float *states, bool whole)
 {
-    const int64_t wanted = (int64_t)WARPS_WANTED * WARP;
+    constexpr int TILE = 32 / (int)sizeof(T);
     if (a.d_state > 16)
-        launch<T, scan_shape<16, 4, 128, 4>, false>(stream, a, spans, states, deltas);
+        launch<T, tile_shape<16, 4, 1, 128, 4, TILE>, false>(stream, a, spans, states);
     else if (!whole)
-        launch<T, scan_shape<4, 4, 128, 4>, false>(stream, a, spans, states, deltas);
-    else if (spans.pairs >= wanted)
-        launch<T, scan_shape<16, 1, 128, 4>, true>(stream, a, spans, states, deltas);
-    else if (2 * spans.pairs >= wanted)
-        launch<T, scan_shape<8, 2, 128, 5>, true>(stream, a, spans, states, deltas);
+        launch<T, tile_shape<4, 4, 1, 128, 4, TILE>, false>(stream, a, spans, states);
+    else if (spans.pairs >= FEW_LANES_FROM)
+        launch<T, tile_shape<16, 1, 2, 64, 6, TILE>, true>(stream, a, spans, states);
     else
-        launch<T, scan_shape<4, 4, 128, 8>, true>(stream, a, spans, states, deltas);
+        launch<T, tile_shape<4, 4, 2, 128, 5, 2 * TILE>, true>(stream, a, spans, states);
 }
 
 } // namespace
@@ -319,17 +284,26 @@ int cuda_scan_forward(struct kernel_device *device, const struct scan_forward_ar
         CUDA_WITH_TYPE(a.act, T, step_kernel<T><<<grid, STEP_THREADS, 0, device->stream>>>(a));
         return cuda_launched(device);
     }
-    bool whole =
-        a.d_state == 16 && rows_aligned(a.b, a.b_stride, a.act) && rows_aligned(a.c, a.c_stride, a.act);
+    bool whole = a.d_state == 16 && d * (int64_t)kernel_type_size(a.act) % 16 == 0 &&
+                 rows_aligned(a.x, a.x_stride, a.act) && rows_aligned(a.dt, a.dt_stride, a.act) &&
+                 rows_aligned(a.z, a.z_stride, a.act) && rows_aligned(a.b, a.b_stride, a.act) &&
+                 rows_aligned(a.c, a.c_stride, a.act) && rows_aligned(a.y, a.y_stride, a.act) &&
+                 rows_aligned(a.chunk_states, d, TYPE_F32);
     struct scan_spans spans;
     status = scan_spans_make(device, a.seq_starts, a.n_seqs, d, &spans);
-    void *scratch = NULL;
+    void *states = NULL;
     if (status == KERNEL_OK && spans.split)
         status = cuda_scratch(device, CUDA_SCRATCH_OP,
-                              (size_t)(spans.n_spans * (a.d_state + 1) * d) * sizeof(float), &scratch);
+                              (size_t)(spans.n_spans * (a.d_state + 1) * d) * sizeof(float), &states);
+    if (status == KERNEL_OK && spans.split) {
+        const struct scan_local local = {d,   a.d_state,  a.x,         a.dt,  NULL,
+                                         a.b, a.x_stride, a.dt_stride, 0,     a.b_stride,
+                                         a.a, a.dt_bias,  a.initial,   a.act, false};
+        status = cuda_scan_local(device, &local, &spans, (float *)states,
+                                 (float *)states + spans.n_spans * a.d_state * d);
+    }
     if (status != KERNEL_OK)
         return status;
-    float *states = (float *)scratch, *deltas = states + spans.n_spans * a.d_state * d;
-    CUDA_WITH_TYPE(a.act, T, launch_shaped<T>(device->stream, a, spans, states, deltas, whole));
+    CUDA_WITH_TYPE(a.act, T, launch_shaped<T>(device->stream, a, spans, (const float *)states, whole));
     return cuda_launched(device);
 }

@@ -96,13 +96,28 @@ static inline int scan_spans_make(struct kernel_device *device, const int32_t *s
     return status;
 }
 
+/* What the spans of a split scan begin from. Forward, the states: rows, of x and B. In the backward, `reverse`, the
+ * gradients of the states after the spans' ends: of dy, gated by z, and C. initial: its slots on the device. */
+struct scan_local {
+    int64_t channels, d_state;
+    const void *x, *dt, *z, *b;
+    int64_t x_stride, dt_stride, z_stride, b_stride;
+    const float *a, *dt_bias;
+    struct state_view initial;
+    enum kernel_type act;
+    bool reverse;
+};
+/* states: [spans][d_state][channels]. deltas: [spans][channels], for its own use. */
+int cuda_scan_local(struct kernel_device *device, const struct scan_local *l, const struct scan_spans *spans,
+                    float *states, float *deltas);
+
 /* ---- on the device ---- */
 
 /* One span: tokens begin..end-1 of sequence `seq`, whose first chunk is `chunk`. */
 struct scan_span {
     int32_t seq;
     int64_t index, begin, end, chunk;
-    bool last; /* of its sequence */
+    bool first, last; /* of its sequence */
 };
 
 static __device__ __forceinline__ struct scan_span scan_span_at(const struct scan_spans &spans, int32_t index)
@@ -114,6 +129,7 @@ static __device__ __forceinline__ struct scan_span scan_span_at(const struct sca
     span.begin = spans.seq_starts[span.seq] + j * spans.length;
     span.end = min(span.begin + spans.length, (int64_t)spans.seq_starts[span.seq + 1]);
     span.chunk = spans.chunk_starts[span.seq] + j * (spans.length / SCAN_CHUNK);
+    span.first = j == 0;
     span.last = index + 1 == spans.span_starts[span.seq + 1];
     return span;
 }
@@ -159,6 +175,8 @@ static __device__ __forceinline__ void unpack(const struct several<float, N> &in
 template <int N>
 static __device__ __forceinline__ void unpack(const struct several<__nv_bfloat16, N> &in, float (&out)[N])
 {
+    if (N == 1)
+        out[0] = to_float(in.v[0]);
     const uint32_t *pairs = reinterpret_cast<const uint32_t *>(&in);
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
@@ -169,6 +187,8 @@ static __device__ __forceinline__ void unpack(const struct several<__nv_bfloat16
 template <int N>
 static __device__ __forceinline__ void unpack(const struct several<__half, N> &in, float (&out)[N])
 {
+    if (N == 1)
+        out[0] = to_float(in.v[0]);
     const __half2 *pairs = reinterpret_cast<const __half2 *>(&in);
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
@@ -278,30 +298,6 @@ template <int S> static __device__ __forceinline__ void load_shared(const float 
     for (int i = 0; i < S; i += 4) {
         const float4 v = *reinterpret_cast<const float4 *>(p + i);
         out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    }
-}
-
-/* Goes over a sequence's spans from the first (or, REVERSE, the last): in `states` [spans][d_state][channels] the
- * local ends become what the spans begin from. deltas: [spans][channels], sums over the spans. */
-template <bool REVERSE>
-static __global__ void scan_carry_kernel(struct scan_spans spans, const float *a, int64_t channels,
-                                         int64_t d_state, struct state_view initial, const float *deltas,
-                                         float *states)
-{
-    int64_t s = blockIdx.x, n = blockIdx.y, c = (int64_t)blockIdx.z * blockDim.x + threadIdx.x;
-    if (c >= channels)
-        return;
-    int64_t at = n * channels + c;
-    float rate = a[at] * LOG2_E, h = 0.0f;
-    const float *from = state_of(initial, (int32_t)s);
-    if (from != NULL)
-        h = from[at];
-    int32_t first = spans.span_starts[s], count = spans.span_starts[s + 1] - first;
-    for (int32_t i = 0; i < count; i++) {
-        int64_t span = first + (REVERSE ? count - 1 - i : i);
-        float *state = states + span * d_state * channels + at, local = *state;
-        *state = h;
-        h = fmaf(exp2_fast(rate * deltas[span * channels + c]), h, local);
     }
 }
 

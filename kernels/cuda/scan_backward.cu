@@ -561,66 +561,6 @@ __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
                    row_c, rate, k);
 }
 
-/* Of one span alone: the gradient of the state before it, when nothing comes from later spans, and the sum of its
- * delta. Its tiles begin at the span's end. */
-template <typename T, typename SHAPE, bool WHOLE>
-__global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS)
-    local_kernel(struct scan_backward_args a, struct scan_spans spans, float *gradients, float *deltas)
-{
-    constexpr int S = SHAPE::LANE_STATES, LANES = SHAPE::LANES, TILE = 16, OWN = TILE / LANES,
-                  FOURS = 2 * SHAPE::STATES / 4;
-    __shared__ __align__(16) float tile[TILE][2 * SHAPE::STATES];
-    struct scan_span span = scan_span_at(spans, (int32_t)blockIdx.x);
-    int warp_lane = threadIdx.x % WARP, lane = warp_lane / SHAPE::LANE_STEP, n0 = lane * S;
-    int64_t c = (int64_t)blockIdx.y * SHAPE::CHANNELS + threadIdx.x / WARP * SHAPE::WARP_CHANNELS +
-                warp_lane % SHAPE::LANE_STEP;
-    float rate[S], gradient[S] = {}, delta_sum = 0.0f, bias = c < a.channels ? a.dt_bias[c] : 0.0f;
-    load_states(a.a, n0, a.d_state, c, a.channels, rate);
-#pragma unroll
-    for (int i = 0; i < S; i++)
-        rate[i] *= LOG2_E;
-    int length = (int)(span.end - span.begin), n = (int)min(a.channels - c, (int64_t)1);
-    for (int t0 = (length - 1) / TILE * TILE; t0 >= 0; t0 -= TILE) {
-        const tile_rows<T> dt_rows(a.dt, a.dt_stride, span.begin + t0),
-            z_rows(a.z, a.z_stride, span.begin + t0), dy_rows(a.dy, a.dy_stride, span.begin + t0);
-        float delta[OWN], dout[OWN];
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            int row = lane * OWN + i, there = t0 + row < length ? n : 0;
-            auto dt = load_several<1, WHOLE>(dt_rows.at(row, (unsigned)c), there);
-            auto z = load_several<1, WHOLE>(z_rows.at(row, (unsigned)c), there);
-            auto dy = load_several<1, WHOLE>(dy_rows.at(row, (unsigned)c), there);
-            delta[i] = (t0 + row < length ? 1.0f : 0.0f) * softplus(dt[0] + bias);
-            dout[i] = dy[0] * silu(z[0]);
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < TILE * FOURS; i += SHAPE::THREADS) {
-            auto v = load_bc_four<T, SHAPE, WHOLE>(a.b, a.b_stride, a.c, a.c_stride, a.d_state,
-                                                   span.begin + t0, length - t0, i);
-            *reinterpret_cast<float4 *>(&tile[i / FOURS][i % FOURS * 4]) =
-                make_float4(v[0], v[1], v[2], v[3]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int t = TILE - 1; t >= 0; t--) {
-            float d = delta[t % OWN], grad = dout[t % OWN], cs[S];
-            if (LANES > 1) {
-                int source = t / OWN * SHAPE::LANE_STEP + warp_lane % SHAPE::LANE_STEP;
-                d = __shfl_sync(0xffffffffu, d, source);
-                grad = __shfl_sync(0xffffffffu, grad, source);
-            }
-            load_shared(&tile[t][SHAPE::STATES + n0], cs);
-#pragma unroll
-            for (int i = 0; i < S; i++)
-                gradient[i] = fmaf(cs[i], grad, gradient[i]) * exp2_fast(d * rate[i]);
-            delta_sum += d;
-        }
-    }
-    store_states(gradients + span.index * a.d_state * a.channels, n0, a.d_state, c, a.channels, gradient);
-    if (lane == 0 && c < a.channels)
-        deltas[span.index * a.channels + c] = delta_sum;
-}
-
 /* db and dc: the sums over the blocks of channels, times scale, four at a time. */
 template <typename T, typename SHAPE>
 __global__ void __launch_bounds__(SUM_THREADS)
@@ -675,24 +615,22 @@ template <typename T, typename SHAPE, bool WHOLE, bool SUMS>
 int launch(struct kernel_device *device, const struct scan_backward_args &a, const struct scan_spans &spans,
            const struct layout &l)
 {
-    using local_shape = scan_shape<SHAPE::LANE_STATES * 2, SHAPE::LANES / 2, 128, 4>;
     float *workspace = (float *)a.workspace, *gradients = NULL;
     int bytes = (int)sizeof(shared_memory<SHAPE>);
     if (bytes > device->shared_bytes)
         return KERNEL_UNSUPPORTED;
+    int status = KERNEL_OK;
     if (spans.split) {
         gradients = workspace + l.gradients;
-        dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, local_shape::CHANNELS));
-        local_kernel<T, local_shape, WHOLE>
-            <<<grid, local_shape::THREADS, 0, device->stream>>>(a, spans, gradients, workspace + l.deltas);
-        dim3 carries((unsigned)a.n_seqs, (unsigned)a.d_state, (unsigned)divide_up(a.channels, SUM_THREADS));
-        struct state_view none = {NULL, 0, NULL};
-        scan_carry_kernel<true><<<carries, SUM_THREADS, 0, device->stream>>>(
-            spans, a.a, a.channels, a.d_state, none, workspace + l.deltas, gradients);
+        const struct scan_local local = {a.channels, a.d_state,   a.dy,        a.dt,       a.z,
+                                         a.c,        a.dy_stride, a.dt_stride, a.z_stride, a.c_stride,
+                                         a.a,        a.dt_bias,   {},          a.act,      true};
+        status = cuda_scan_local(device, &local, &spans, gradients, workspace + l.deltas);
+        if (status != KERNEL_OK)
+            return status;
     }
     struct scan_parts parts = {workspace + l.tokens, workspace + l.channels};
     dim3 grid((unsigned)spans.n_spans, (unsigned)divide_up(a.channels, SHAPE::CHANNELS));
-    int status = KERNEL_OK;
     bool tiles = WHOLE && cuda_scan_backward_tiles_fit(device, a);
     if (tiles) {
         static_assert(!WHOLE || (SHAPE::CHANNELS == SCAN_PARTS_CHANNELS && SHAPE::STATES == 16),
