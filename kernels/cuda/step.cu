@@ -22,6 +22,9 @@ struct step_plan {
     struct mamba_step_layer *layers;
     struct step_lora *adapters; /* [n_layers+1][STEP_ADAPTERS]: what is in the table on the device */
     struct step_lora *table;
+    struct mamba_step_layer *layers_there;
+    uint64_t *mail; /* step_one.cu's, with the tag that the next step begins at */
+    uint32_t tag;
     uint64_t used;
     struct graph_slot graphs[BUCKETS][2];
 };
@@ -252,6 +255,8 @@ static void plan_free(struct kernel_device *device, struct step_plan *plan)
             if (plan->graphs[i][adapted].exec != NULL)
                 (void)cudaGraphExecDestroy(plan->graphs[i][adapted].exec);
     cuda_memory_free(device, plan->table);
+    cuda_memory_free(device, plan->layers_there);
+    cuda_memory_free(device, plan->mail);
     free(plan->layers);
     free(plan->adapters);
     free(plan);
@@ -271,15 +276,26 @@ static int plan_create(struct kernel_device *device, const struct mamba_step_arg
     plan->args = *a;
     plan->layers = (struct mamba_step_layer *)malloc((size_t)a->n_layers * sizeof(*a->layers));
     plan->adapters = (struct step_lora *)calloc(1, table_bytes(a));
+    const size_t layers_bytes = (size_t)a->n_layers * sizeof(*a->layers),
+                 mail_bytes = (size_t)step_one_mail(a);
     int status = plan->layers != NULL && plan->adapters != NULL
                      ? cuda_memory_alloc(device, table_bytes(a), (void **)&plan->table)
                      : KERNEL_NO_MEMORY;
+    if (status == KERNEL_OK)
+        status = cuda_memory_alloc(device, layers_bytes, (void **)&plan->layers_there);
+    if (status == KERNEL_OK)
+        status = cuda_memory_alloc(device, mail_bytes, (void **)&plan->mail);
+    if (status == KERNEL_OK)
+        status = cuda_copy_in(device, plan->layers_there, a->layers, layers_bytes);
+    if (status == KERNEL_OK)
+        status = cuda_zero(device, plan->mail, mail_bytes);
     if (status != KERNEL_OK) {
         plan_free(device, plan);
         return status;
     }
-    memcpy(plan->layers, a->layers, (size_t)a->n_layers * sizeof(*a->layers));
+    memcpy(plan->layers, a->layers, layers_bytes);
     plan->args.layers = plan->layers;
+    plan->tag = 1;
     *ret_plan = plan;
     return KERNEL_OK;
 }
@@ -458,6 +474,62 @@ template <typename Header> static bool fill_header(const struct mamba_step_args 
     return header->main >= 0;
 }
 
+/* ---- one row ---- */
+
+/* Which matrices an adapter is on, a bit each; -1 where that is not the same in all layers. */
+static int targets_of(const struct mamba_step_adapter *adapter, int64_t n_layers)
+{
+    int targets = 0;
+    for (int64_t i = 0; i < n_layers; i++) {
+        const struct mamba_step_lora *l = &adapter->layers[i];
+        int here = (l->in_b != NULL) << STEP_IN | (l->x_b != NULL) << STEP_X | (l->dt_b != NULL) << STEP_DT |
+                   (l->out_b != NULL) << STEP_OUT;
+        if (i > 0 && here != targets)
+            return -1;
+        targets = here;
+    }
+    return targets;
+}
+
+static int run_one(struct kernel_device *device, const struct mamba_step_args *a, struct step_plan *plan)
+{
+    struct step_one one = {};
+    one.rank = (int)a->dt_rank;
+    one.layers = (int)a->n_layers;
+    one.vocab = (int)a->vocab;
+    one.id = a->ids[0];
+    one.tag = plan->tag;
+    one.eps = a->eps;
+    one.layer = plan->layers_there;
+    one.embedding = a->embedding;
+    one.head = a->head;
+    one.norm_f = a->norm_f;
+    one.states = a->states + a->slots[0] * a->slot_stride;
+    one.mail = plan->mail;
+    one.hidden = (step_type *)a->hidden;
+    one.logits = a->logits;
+    int status = KERNEL_OK;
+    if (a->row_adapters != NULL && a->row_adapters[0] >= 0) {
+        const struct mamba_step_adapter *adapter = &a->adapters[a->row_adapters[0]];
+        const int targets = targets_of(adapter, a->n_layers);
+        if (targets < 0)
+            return KERNEL_UNSUPPORTED;
+        one.lora = plan->table + a->row_adapters[0];
+        one.lora_rank = (int)adapter->rank;
+        one.lora_scale = adapter->scale;
+        for (int target = 0; target < STEP_TARGETS; target++)
+            one.u_tiles[target] = (targets >> target & 1) != 0 ? (int)divide_up(adapter->rank, 8) : 0;
+        status = send_adapters(device, a, plan);
+    }
+    if (status == KERNEL_OK)
+        status = step_launch_one(device, &one, a->d_model, a->d_inner);
+    if (status == KERNEL_OK)
+        plan->tag += (uint32_t)a->n_layers + 1;
+    return status;
+}
+
+/* ---- more rows ---- */
+
 static int capture(const struct chain *chain, cudaGraphExec_t *ret_exec)
 {
     struct kernel_device *device = chain->device;
@@ -503,6 +575,12 @@ int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *
     status = steps_open(device);
     if (status == KERNEL_OK)
         status = plan_find(device, a, &plan);
+    if (status == KERNEL_OK && a->rows == 1) {
+        status = run_one(device, a, plan);
+        if (status != KERNEL_UNSUPPORTED)
+            return status;
+        status = KERNEL_OK;
+    }
     if (status != KERNEL_OK)
         return status;
 

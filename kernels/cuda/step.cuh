@@ -120,6 +120,43 @@ struct step_scan {
     struct step_parts next_u;
 };
 
+/* ---- one row: the whole step in one kernel, step_one.cu ---- */
+
+enum {
+    STEP_ONE_TILES = 8,    /* of 8 ranks: most of the adapter */
+    STEP_ONE_BLOCKS = 160, /* most */
+};
+
+/* Bytes from the beginning of shared memory, in front of which weights pass through. */
+struct step_one_room {
+    int x, sums, x_dbl, own_x, own_z, u;
+};
+
+struct step_one {
+    int rank, layers, vocab, id; /* rank: of dt */
+    uint32_t tag; /* of the first layer; those above, one for each layer, are this step's too */
+    float eps;
+    int lora_rank, u_tiles[STEP_TARGETS]; /* 0 without an adapter; 0 where it is not on these matrices */
+    float lora_scale;
+    const struct step_lora *lora;         /* in the table's first row */
+    const struct mamba_step_layer *layer; /* [layers], device memory */
+    const void *embedding, *head;
+    const float *norm_f;
+    float *states;  /* the slot's */
+    uint64_t *mail; /* zeroed before the first step, and nobody else's */
+    step_type *hidden;
+    float *logits;
+    /* step_launch_one sets these */
+    int ring; /* stages of weights */
+    struct step_one_room room;
+    uint64_t *h, *squares, *xc, *x_dbl, *y; /* of the mail; of h, xc and y two values in a word */
+};
+
+/* Bytes of mail. */
+int64_t step_one_mail(const struct mamba_step_args *a);
+/* KERNEL_UNSUPPORTED, and nothing done, where the sizes do not suit. */
+int step_launch_one(struct kernel_device *device, struct step_one *p, int64_t d_model, int64_t d_inner);
+
 /* rows: room for that many. */
 int step_launch_embed(struct kernel_device *device, const struct step_embed *p, int rows);
 int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p, int rows);

@@ -1,0 +1,971 @@
+/* step_one.cu: a step of one row in one kernel.
+ *
+ * For one sequence a step is a read of all weights, and a chain of products each of which wants all of the one before. Here
+ * one block stays on every multiprocessor and the two do not wait for each other:
+ *
+ * Weights. Each block's share of every product is known beforehand, so one warp streams them, tile by tile (8 outputs,
+ * a stage of columns at a time), through a ring in shared memory, across all layers and into the head. It waits for
+ * nothing but room in the ring. An adapter's A comes along as more tiles: every block computes x A^T for itself.
+ *
+ * Activations. Blocks hand them on by mail: 8 bytes in memory, of which 4 are the value and 4 the tag of the layer and
+ * step that it belongs to, so that whoever polls sees either something old or all of it; there is no barrier of the grid
+ * and no fence. A place in the mail is written again only behind something that took all of its readers to come about:
+ * h of the next layer needs y of all blocks, each of which had read h and x_dbl; x_dbl needed those that read xc.
+ *
+ * The block that computes x and z of a channel also convolves it and moves its state: those never leave it. What a
+ * thread needs beside the mail (parameters, states) it loads ahead of the wait; another warp has touched it before.
+ *
+ * All blocks must run at once: the launch is a cooperative one. */
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/step.cuh"
+#include "kernels/cuda/vector.cuh"
+
+enum {
+    MATH_WARPS = 8, /* a share of k each */
+    MATH_THREADS = MATH_WARPS * WARP,
+    COPY_WARP = MATH_WARPS,
+    TOUCH_WARP,
+    THREADS = (MATH_WARPS + 2) * WARP,
+    TILE = 8, /* outputs; of in_proj x and z of CHANNELS channels */
+    CHANNELS = 4,
+    LANES = 4, /* that share a channel of the scan */
+    LANE_STATES = STEP_STATE / LANES,
+    GROUP = 4,      /* stages that a warp multiplies at once */
+    HEAD_TILES = 8, /* of the head between two looks at the sums */
+    SUMS = 24,      /* most tiles of a product, A's with W's */
+    SLOTS_MOST = 32,
+    SPREAD = 64,        /* bytes that rows in shared memory are longer than a multiple of 128 */
+    PATIENCE = 1 << 22, /* polls: seconds, only where a block is missing, which the launch excludes */
+};
+
+/* ---- what is where ---- */
+
+/* A row of d weights is STAGES stages of 8 warps' KB blocks of 32. */
+template <int KB, int STAGES> struct shape {
+    enum {
+        D = 256 * KB * STAGES,
+        INNER = 2 * D,
+        BYTES = 512 * KB,        /* of a row in a stage */
+        STRIDE = BYTES + SPREAD, /* between rows */
+        SLOT = TILE * STRIDE,
+    };
+};
+
+/* The parts of the mail; returns how many words it is. */
+static int64_t lay_out_mail(struct step_one *p, int d, int inner)
+{
+    uint64_t *at = p->mail;
+    p->h = at;
+    p->squares = p->h + d / 2;
+    p->xc = p->squares + STEP_ONE_BLOCKS;
+    p->x_dbl = p->xc + inner / 2;
+    p->y = p->x_dbl + p->rank + 2 * STEP_STATE;
+    return p->y + inner / 2 - at;
+}
+
+int64_t step_one_mail(const struct mamba_step_args *a)
+{
+    struct step_one p = {};
+    p.rank = (int)a->dt_rank;
+    return lay_out_mail(&p, (int)a->d_model, (int)a->d_inner) * (int64_t)sizeof(uint64_t);
+}
+
+/* What a block of n has of `count`: one more for the first, or for the last of them. */
+struct share {
+    int begin, count;
+};
+static __host__ __device__ inline struct share share_first(int count, int block, int n)
+{
+    int least = count / n, more = count % n;
+    return {block * least + min(block, more), least + (block < more)};
+}
+static __host__ __device__ inline struct share share_last(int count, int block, int n)
+{
+    int least = count / n, more = count % n, plain = n - more;
+    return {block * least + max(0, block - plain), least + (block >= plain)};
+}
+
+/* Returns the bytes of shared memory. */
+static int lay_out_room(struct step_one *p, int inner, int in_tiles, int ring_bytes)
+{
+    const int f = (int)sizeof(float);
+    struct step_one_room *r = &p->room;
+    r->x = ring_bytes;
+    r->sums = r->x + 2 * inner;
+    r->x_dbl = r->sums + MATH_WARPS * SUMS * TILE * f;
+    r->own_x = r->x_dbl + (p->rank + 2 * STEP_STATE) * f;
+    r->own_z = r->own_x + in_tiles * CHANNELS * f;
+    r->u = r->own_z + in_tiles * CHANNELS * f;
+    return r->u + STEP_ONE_TILES * TILE * f;
+}
+
+#if CUDA_HOPPER
+
+/* ---- shared memory ---- */
+
+static __shared__ uint64_t ring_full[SLOTS_MOST], ring_empty[SLOTS_MOST];
+static __shared__ float row_scale;  /* 1/rms */
+static __shared__ int layers_begun; /* by the math warps: what the touching warp follows */
+
+static __device__ __forceinline__ unsigned char *shared_at(int at)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    return shared + at;
+}
+static __device__ __forceinline__ float *floats_at(int at)
+{
+    return reinterpret_cast<float *>(shared_at(at));
+}
+
+/* The ring's barriers by their addresses, which compilers otherwise work out again at each. */
+static __device__ __forceinline__ void barrier_wait_at(uint32_t barrier, unsigned parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra through;\n"
+                 "bra again;\n"
+                 "through:\n"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+static __device__ __forceinline__ void math_sync()
+{
+    numbered_wait(1, MATH_THREADS);
+}
+
+/* ---- mail ---- */
+
+static __device__ __forceinline__ void mail_send(uint64_t *to, uint32_t value, uint32_t tag)
+{
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((uint64_t)tag << 32 | value)
+                 : "memory");
+}
+
+/* `words` of them, two at a time, to shared memory. */
+template <int AT_ONCE>
+static __device__ __forceinline__ void mail_gather(const uint64_t *from, int words, unsigned char *to,
+                                                   uint32_t tag)
+{
+    const int pairs = words / 2;
+    ulonglong2 v[AT_ONCE];
+    bool there = false;
+    for (int polls = 0; !there; polls++) {
+        there = true;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int i = (int)threadIdx.x + u * MATH_THREADS;
+            v[u].x = v[u].y = (uint64_t)tag << 32;
+            if (i < pairs)
+                asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                             : "=l"(v[u].x), "=l"(v[u].y)
+                             : "l"(from + 2 * i)
+                             : "memory");
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+            there = there && (uint32_t)(v[u].x >> 32) == tag && (uint32_t)(v[u].y >> 32) == tag;
+        if (polls > PATIENCE)
+            __trap();
+    }
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+        const int i = (int)threadIdx.x + u * MATH_THREADS;
+        if (i < pairs)
+            *reinterpret_cast<uint2 *>(to + 8 * i) = make_uint2((uint32_t)v[u].x, (uint32_t)v[u].y);
+    }
+}
+
+/* The sum of `count` parts, by one warp. */
+static __device__ __forceinline__ float mail_sum(const uint64_t *from, int count, uint32_t tag)
+{
+    enum { AT_ONCE = STEP_ONE_BLOCKS / WARP };
+    uint64_t v[AT_ONCE];
+    bool there = false;
+    for (int polls = 0; !there; polls++) {
+        there = true;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int i = (int)threadIdx.x % WARP + u * WARP;
+            v[u] = (uint64_t)tag << 32;
+            if (i < count)
+                asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v[u]) : "l"(from + i) : "memory");
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+            there = there && (uint32_t)(v[u] >> 32) == tag;
+        if (polls > PATIENCE)
+            __trap();
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++)
+        sum += __uint_as_float((uint32_t)v[u]);
+    return warp_sum(sum);
+}
+
+/* ---- the block ---- */
+
+struct block {
+    struct share in, out; /* tiles of in_proj and out_proj */
+    int x;                /* tile of x_proj, or -1 */
+};
+
+template <int KB, int STAGES>
+static __device__ __forceinline__ struct block block_of(const struct step_one &p)
+{
+    using S = shape<KB, STAGES>;
+    const int b = (int)blockIdx.x, n = (int)gridDim.x, x_tiles = (p.rank + 2 * STEP_STATE) / TILE;
+    const int x =
+        STAGES > 1 ? b : b - (n - x_tiles); /* where rows are short, blocks with fewer of in_proj's */
+    return {share_first(S::INNER / CHANNELS, b, n), share_last(S::D / TILE, b, n), x < x_tiles ? x : -1};
+}
+
+/* Where the ring goes on. */
+struct ring_at {
+    int offset;        /* of the slot */
+    uint32_t barriers; /* of the slot, from the first's */
+    unsigned parity;
+    template <int SLOT> __device__ __forceinline__ void next(int slots)
+    {
+        offset += SLOT;
+        barriers += 8;
+        if (barriers == 8 * (uint32_t)slots) {
+            offset = 0;
+            barriers = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/* ---- weights ---- */
+
+static __device__ __forceinline__ void copy_row(void *to, const void *from, unsigned bytes, uint32_t barrier,
+                                                uint64_t policy)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                 " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
+template <int KB, int STAGES> struct copier {
+    using S = shape<KB, STAGES>;
+    const struct step_one &p;
+    uint32_t full, empty;
+    struct ring_at at;
+    uint64_t once, keep; /* policies of the second-level cache */
+
+    /* A tile whose row of this lane begins at `row`, `stages` of it, `rows` rows. */
+    __device__ __forceinline__ void tile(const void *row, int rows, int stages, uint64_t policy)
+    {
+        const int lane = threadIdx.x % WARP;
+        const unsigned char *from = static_cast<const unsigned char *>(row);
+#pragma unroll 1
+        for (int s = 0; s < stages; s++, from += S::BYTES) {
+            barrier_wait_at(empty + at.barriers, at.parity ^ 1);
+            if (lane == 0)
+                asm volatile(
+                    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.barriers),
+                    "r"(rows * S::BYTES)
+                    : "memory");
+            __syncwarp();
+            if (lane < rows)
+                copy_row(shared_at(at.offset + lane * S::STRIDE), from, S::BYTES, full + at.barriers, policy);
+            at.next<S::SLOT>(p.ring);
+        }
+    }
+
+    /* The A of the adapter, where it has this target. */
+    __device__ __forceinline__ void adapter(int layer, int target, int k)
+    {
+        if (p.u_tiles[target] == 0)
+            return;
+        const int lane = threadIdx.x % WARP;
+        const float *a = p.lora[layer * STEP_ADAPTERS].a[target];
+#pragma unroll 1
+        for (int j = 0; j < p.lora_rank; j += TILE)
+            tile(a + (int64_t)(j + lane) * k, min((int)TILE, p.lora_rank - j), 2 * k / (256 * KB), keep);
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        const struct block own = block_of<KB, STAGES>(p);
+        const int lane = threadIdx.x % WARP;
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+        auto row_of = [&](const void *weight, int row, int k) {
+            return static_cast<const step_type *>(weight) + (int64_t)(row + lane) * k;
+        };
+#pragma unroll 1
+        for (int layer = 0; layer < p.layers; layer++) {
+            const struct mamba_step_layer &l = p.layer[layer];
+            adapter(layer, STEP_IN, S::D);
+#pragma unroll 1
+            for (int t = 0; t < own.in.count; t++)
+                tile(row_of(l.in_proj,
+                            (own.in.begin + t) * CHANNELS + (lane < CHANNELS ? 0 : S::INNER - CHANNELS),
+                            S::D),
+                     TILE, STAGES, once);
+            if (own.x >= 0) {
+                adapter(layer, STEP_X, S::INNER);
+                tile(row_of(l.x_proj, own.x * TILE, S::INNER), TILE, 2 * STAGES, once);
+            }
+            if (own.out.count > 0)
+                adapter(layer, STEP_OUT, S::INNER);
+#pragma unroll 1
+            for (int t = 0; t < own.out.count; t++)
+                tile(row_of(l.out_proj, (own.out.begin + t) * TILE, S::INNER), TILE, 2 * STAGES, once);
+        }
+        const struct share head = share_first((p.vocab + TILE - 1) / TILE, (int)blockIdx.x, (int)gridDim.x);
+#pragma unroll 1
+        for (int t = head.begin; t < head.begin + head.count; t++)
+            tile(row_of(p.head, t * TILE, S::D), min((int)TILE, p.vocab - t * TILE), STAGES, once);
+    }
+};
+
+/* ---- small parameters ahead of their use ---- */
+
+static __device__ __noinline__ void touch(const void *from, int64_t bytes)
+{
+    enum { SECTOR = 32 };
+    if (from == NULL)
+        return;
+    const char *begin = static_cast<const char *>(from), *end = begin + bytes;
+    const char *at = begin - (uintptr_t)begin % SECTOR + (threadIdx.x % WARP) * SECTOR;
+    for (; at < end; at += WARP * SECTOR)
+        asm volatile("{\n.reg .b32 unused;\nld.global.ca.b32 unused, [%0];\n}" ::"l"(at < begin ? begin : at)
+                     : "memory");
+}
+
+static __device__ __noinline__ void touch_floats(const float *from, int64_t first, int64_t count)
+{
+    touch(from != NULL ? from + first : NULL, count * (int64_t)sizeof(float));
+}
+
+template <int KB, int STAGES> static __device__ __forceinline__ void touch_layers(const struct step_one &p)
+{
+    using S = shape<KB, STAGES>;
+    const struct block own = block_of<KB, STAGES>(p);
+    const int64_t c0 = own.in.begin * CHANNELS, channels = own.in.count * CHANNELS, inner = S::INNER;
+    const int64_t o0 = own.out.begin * TILE, outputs = own.out.count * TILE, r = p.lora_rank;
+#pragma unroll 1
+    for (int layer = 0; layer < p.layers; layer++) {
+        while (*(volatile int *)&layers_begun < layer)
+            __nanosleep(64);
+        const struct mamba_step_layer &l = p.layer[layer];
+        const float *states = p.states + (int64_t)layer * (STEP_CONV - 1 + STEP_STATE) * inner + c0;
+#pragma unroll 1
+        for (int i = 0; i < STEP_CONV - 1 + STEP_STATE; i++)
+            touch_floats(states, i * inner, channels);
+        touch_floats(l.conv, c0 * STEP_CONV, channels * STEP_CONV);
+        touch_floats(l.conv_bias, c0, channels);
+        touch_floats(l.in_bias, c0, channels);
+        touch_floats(l.in_bias, inner + c0, channels);
+        if (r > 0) {
+            const struct step_lora &lora = p.lora[layer * STEP_ADAPTERS];
+            touch_floats(lora.b[STEP_IN], c0 * r, channels * r);
+            touch_floats(lora.b[STEP_IN], (inner + c0) * r, channels * r);
+            if (own.x >= 0)
+                touch_floats(lora.b[STEP_X], own.x * TILE * r, TILE * r);
+            touch_floats(lora.a[STEP_DT], 0, r * p.rank);
+            touch_floats(lora.b[STEP_DT], c0 * r, channels * r);
+            touch_floats(lora.b[STEP_OUT], o0 * r, outputs * r);
+        }
+#pragma unroll 1
+        for (int i = 0; i < STEP_STATE; i++)
+            touch_floats(l.a, i * inner + c0, channels);
+        touch(static_cast<const step_type *>(l.dt_proj) + c0 * p.rank,
+              channels * p.rank * (int64_t)sizeof(step_type));
+        touch_floats(l.dt_bias, c0, channels);
+        touch_floats(l.d, c0, channels);
+        touch_floats(layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f, o0, outputs);
+        touch_floats(l.out_bias, o0, outputs);
+    }
+}
+
+/* ---- pieces of the math ---- */
+
+/* Words of x lie such that 16 bytes of it are what a lane has of two rows of the tensor cores' operand: the first half
+ * of 8 elements in row 0, the second in row 8. This is where the word k is. */
+static __device__ __forceinline__ int word_at(int k)
+{
+    return (k & ~3) | (k & 1) << 1 | (k >> 1 & 1);
+}
+
+/* c[16,8] += a[16,16] b[16,8]; as step_multiply, but free to move. */
+static __device__ __forceinline__ void multiply_16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                                   uint32_t a3, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+static __device__ __forceinline__ uint32_t round_pair(float low, float high)
+{
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+/* The product of 8 weights with what they meet. */
+static __device__ __forceinline__ float dot_8(uint4 raw, const float *v)
+{
+    const float4 low = *reinterpret_cast<const float4 *>(v), high = *reinterpret_cast<const float4 *>(v + 4);
+    const float2 a = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&raw.x)),
+                 b = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&raw.y)),
+                 c = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&raw.z)),
+                 d = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&raw.w));
+    return fmaf(a.x, low.x, fmaf(a.y, low.y, fmaf(b.x, low.z, b.y * low.w))) +
+           fmaf(c.x, high.x, fmaf(c.y, high.y, fmaf(d.x, high.z, d.y * high.w)));
+}
+
+/* One output's row of B times u. */
+static __device__ __noinline__ float dot_ranks(const float *b, const float *u, int rank)
+{
+    float sum = 0.0f;
+    int j = 0;
+    if (rank % 4 == 0)
+#pragma unroll 2
+        for (; j < rank; j += 4) {
+            const float4 v = *reinterpret_cast<const float4 *>(b + j),
+                         w = *reinterpret_cast<const float4 *>(u + j);
+            sum += v.x * w.x + v.y * w.y + v.z * w.z + v.w * w.w;
+        }
+#pragma unroll 1
+    for (; j < rank; j++)
+        sum = fmaf(b[j], u[j], sum);
+    return sum;
+}
+
+/* What a thread needs for its channel, loaded ahead of the waits; which those are says `math`. */
+struct channel_in {
+    float before[STEP_CONV - 1], bias, bias_in;
+    float4 weight;
+};
+template <int CHUNKS> struct channel_scan {
+    float h[LANE_STATES], rate[LANE_STATES], bias, skip;
+    uint4 weight[CHUNKS]; /* of dt_proj */
+};
+
+/* ---- the math warps ---- */
+
+template <int KB, int STAGES> struct math {
+    using S = shape<KB, STAGES>;
+    enum {
+        CHUNKS =
+            (S::D / 16 + 31) / 32 /* of 8 elements of dt_low, LANES lanes; the published rank is d / 16 */
+    };
+    const struct step_one &p;
+    struct ring_at at;
+    uint32_t full, empty; /* the ring's barriers */
+    const struct block own;
+    const int warp, lane;
+    float own_r; /* the residual of output `lane` of the block, in warp 0 */
+
+    /* The next `count` tiles of PER_TILE stages in the ring, whose sums become those from `tile` on: 32 columns of
+     * weights, of an adapter's A 16, for each of KB blocks of each stage. */
+    template <bool ADAPTER, int PER_TILE> __device__ __forceinline__ void multiply(int tile, int count)
+    {
+        enum {
+            BLOCK = ADAPTER ? 32 : 64,                      /* bytes of x */
+            SIDE = PER_TILE < GROUP ? GROUP / PER_TILE : 1, /* tiles side by side */
+            DEEP = PER_TILE < GROUP ? PER_TILE : GROUP,     /* stages of each */
+        };
+        const int g = lane / 4, q = lane % 4;
+        const unsigned char *w = shared_at(g * S::STRIDE + warp * KB * 64 + q * 16),
+                            *x = shared_at(p.room.x + warp * KB * BLOCK +
+                                           (ADAPTER ? q / 2 * 16 + q % 2 * 4 : q * 16));
+        float *sums = floats_at(p.room.sums) + (warp * SUMS + tile) * TILE + 2 * q;
+#pragma unroll 1
+        for (int t = 0; t < count; t += SIDE) {
+            float acc[SIDE][DEEP][2][4] = {};
+#pragma unroll 1
+            for (int s = 0; s < PER_TILE; s += DEEP) {
+                uint4 weight[SIDE][DEEP][KB];
+                const struct ring_at first = at;
+#pragma unroll
+                for (int j = 0; j < SIDE; j++)
+#pragma unroll
+                    for (int e = 0; e < DEEP; e++)
+                        if (t + j < count) {
+                            barrier_wait_at(full + at.barriers, at.parity);
+#pragma unroll
+                            for (int b = 0; b < KB; b++)
+                                weight[j][e][b] = *reinterpret_cast<const uint4 *>(w + at.offset + b * 64);
+                            at.template next<S::SLOT>(p.ring);
+                        }
+#pragma unroll
+                for (int e = 0; e < DEEP; e++)
+#pragma unroll
+                    for (int b = 0; b < KB; b++) {
+                        const unsigned char *from = x + ((s + e) * MATH_WARPS * KB + b) * BLOCK;
+                        uint4 v = make_uint4(0, 0, 0, 0);
+                        if (g == 0 && ADAPTER) {
+                            v.x = *reinterpret_cast<const uint32_t *>(from);
+                            v.y = *reinterpret_cast<const uint32_t *>(from + 8);
+                        } else if (g == 0) {
+                            v = *reinterpret_cast<const uint4 *>(from);
+                        }
+#pragma unroll
+                        for (int j = 0; j < SIDE; j++) {
+                            const uint4 &a = weight[j][e][b];
+                            if (ADAPTER) {
+                                multiply_16(acc[j][e][0], v.x, 0, v.y, 0,
+                                            round_pair(__uint_as_float(a.x), __uint_as_float(a.y)),
+                                            round_pair(__uint_as_float(a.z), __uint_as_float(a.w)));
+                            } else {
+                                multiply_16(acc[j][e][0], v.x, v.y, v.z, v.w, a.x, a.y);
+                                multiply_16(acc[j][e][1], v.x, v.y, v.z, v.w, a.z, a.w);
+                            }
+                        }
+                    }
+                __syncwarp();
+                if (lane == 0) {
+                    struct ring_at done = first;
+#pragma unroll
+                    for (int j = 0; j < SIDE * DEEP; j++)
+                        if (t + j / DEEP < count) {
+                            barrier_arrive_at(empty + done.barriers);
+                            done.template next<S::SLOT>(p.ring);
+                        }
+                }
+            }
+            if (g == 0)
+#pragma unroll
+                for (int j = 0; j < SIDE; j++)
+                    if (t + j < count) {
+                        float low = 0.0f, high = 0.0f;
+#pragma unroll
+                        for (int e = 0; e < DEEP; e++) {
+                            low += acc[j][e][0][0] + acc[j][e][1][2];
+                            high += acc[j][e][0][1] + acc[j][e][1][3];
+                        }
+                        *reinterpret_cast<float2 *>(sums + (t + j) * TILE) = make_float2(low, high);
+                    }
+        }
+    }
+
+    /* x W^T of `count` tiles, and x A^T, which is then in `u`; W's tiles begin behind A's. */
+    template <int PER_TILE> __device__ __forceinline__ void product(int u_tiles, int count)
+    {
+        if (u_tiles > 0)
+            multiply<true, 2 * PER_TILE>(0, u_tiles);
+        multiply<false, PER_TILE>(u_tiles, count);
+        math_sync();
+        if (u_tiles > 0) {
+            for (int j = (int)threadIdx.x; j < u_tiles * TILE; j += MATH_THREADS)
+                floats_at(p.room.u)[j] = total(0, j);
+            math_sync();
+        }
+    }
+
+    /* Of one output, counted from the tile's first. */
+    __device__ __forceinline__ float total(int tile, int output) const
+    {
+        const float *from = floats_at(p.room.sums) + tile * TILE + output;
+        float v[MATH_WARPS];
+#pragma unroll
+        for (int w = 0; w < MATH_WARPS; w++)
+            v[w] = from[w * SUMS * TILE];
+        return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    }
+
+    /* scale * u B^T for one output. */
+    __device__ __forceinline__ float low_rank(int layer, int target, int output) const
+    {
+        if (p.u_tiles[target] == 0)
+            return 0.0f;
+        const float *b = p.lora[layer * STEP_ADAPTERS].b[target] + (int64_t)output * p.lora_rank;
+        return p.lora_scale * dot_ranks(b, floats_at(p.room.u), p.lora_rank);
+    }
+
+    __device__ __forceinline__ float *state_of(int layer, int state, int channel) const
+    {
+        return p.states + ((int64_t)layer * (STEP_CONV - 1 + STEP_STATE) + state) * S::INNER + channel;
+    }
+
+    /* ---- a layer ---- */
+
+    /* h of the first layer, of which every block computes all: there is nothing to wait for. */
+    __device__ __forceinline__ void embed()
+    {
+        __shared__ float squares[MATH_WARPS], r[S::D];
+        const struct step_lora *lora = p.lora_rank > 0 ? &p.lora[(int64_t)p.layers * STEP_ADAPTERS] : NULL;
+        if (lora != NULL && lora->a[STEP_IN] == NULL)
+            lora = NULL;
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int i = (int)threadIdx.x; i < S::D; i += MATH_THREADS) {
+            float v = to_float(static_cast<const step_type *>(p.embedding)[(int64_t)p.id * S::D + i]);
+            if (lora != NULL) {
+                float low = 0.0f;
+#pragma unroll 1
+                for (int j = 0; j < p.lora_rank; j++)
+                    low = fmaf(lora->b[STEP_IN][(int64_t)i * p.lora_rank + j],
+                               lora->a[STEP_IN][(int64_t)j * p.vocab + p.id], low);
+                v = fmaf(p.lora_scale, low, v);
+            }
+            sum = fmaf(v, v, sum);
+            r[i] = v;
+            reinterpret_cast<step_type *>(shared_at(p.room.x))[word_at(i / 2) * 2 + i % 2] =
+                from_float<step_type>(v * p.layer[0].norm[i]);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0)
+            squares[warp] = sum;
+        math_sync();
+        if (threadIdx.x == 0) {
+            float all = 0.0f;
+            for (int w = 0; w < MATH_WARPS; w++)
+                all += squares[w];
+            row_scale = rsqrtf(all / (float)S::D + p.eps);
+        }
+        if (lane < own.out.count * TILE)
+            own_r = r[own.out.begin * TILE + lane];
+        math_sync();
+    }
+
+    __device__ __forceinline__ void receive_h(uint32_t tag)
+    {
+        mail_gather<(S::D / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.h, S::D / 2, shared_at(p.room.x), tag);
+        if (warp == MATH_WARPS - 1) { /* which has least to gather */
+            const float sum = mail_sum(p.squares, min((int)gridDim.x, S::D / TILE), tag);
+            if (lane == 0)
+                row_scale = rsqrtf(fmaf(sum, 1.0f / (float)S::D, p.eps));
+        }
+        math_sync();
+    }
+
+    /* Threads of the first half have x of a channel, of the second z. */
+    __device__ __forceinline__ struct channel_in load_in(int layer) const
+    {
+        const struct mamba_step_layer &l = p.layer[layer];
+        const bool is_z = threadIdx.x >= MATH_THREADS / 2;
+        const int i = (int)threadIdx.x % (MATH_THREADS / 2);
+        struct channel_in in = {};
+        if (i < own.in.count * CHANNELS) {
+            const int channel = own.in.begin * CHANNELS + i;
+            if (!is_z) {
+                const float *state = state_of(layer, 0, channel);
+#pragma unroll
+                for (int k = 0; k < STEP_CONV - 1; k++)
+                    in.before[k] = state[k * S::INNER];
+                in.weight = *reinterpret_cast<const float4 *>(l.conv + channel * STEP_CONV);
+                in.bias = l.conv_bias != NULL ? l.conv_bias[channel] : 0.0f;
+            }
+            if (l.in_bias != NULL)
+                in.bias_in = l.in_bias[(is_z ? S::INNER : 0) + channel];
+        }
+        return in;
+    }
+
+    /* x | z of the block's channels, and xc. */
+    __device__ __forceinline__ void in_proj(int layer, uint32_t tag, const struct channel_in &in)
+    {
+        const int u_tiles = p.u_tiles[STEP_IN], i = (int)threadIdx.x % (MATH_THREADS / 2),
+                  channel = own.in.begin * CHANNELS + i;
+        const bool is_z = threadIdx.x >= MATH_THREADS / 2, live = i < own.in.count * CHANNELS;
+        product<STAGES>(u_tiles, own.in.count);
+        if (i / WARP * WARP >= own.in.count * CHANNELS)
+            return;
+        float v = 0.0f;
+        if (live) {
+            v = total(u_tiles + i / CHANNELS, (is_z ? CHANNELS : 0) + i % CHANNELS) +
+                low_rank(layer, STEP_IN, (is_z ? S::INNER : 0) + channel);
+            v = fmaf(v, row_scale, in.bias_in);
+        }
+        if (is_z) {
+            if (live)
+                floats_at(p.room.own_z)[i] = v;
+            return;
+        }
+        const float4 w = in.weight;
+        const float y = silu(
+            fmaf(w.w, v, fmaf(w.z, in.before[2], fmaf(w.y, in.before[1], fmaf(w.x, in.before[0], in.bias)))));
+        const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, 1));
+        if (live && i % 2 == 0)
+            mail_send(p.xc + word_at(channel / 2), pair, tag);
+        if (live) {
+            float *state = state_of(layer, 0, channel);
+            floats_at(p.room.own_x)[i] = to_float(from_float<step_type>(y));
+            state[0] = in.before[1];
+            state[S::INNER] = in.before[2];
+            state[2 * S::INNER] = v;
+        }
+    }
+
+    __device__ __forceinline__ void x_proj(int layer, uint32_t tag)
+    {
+        const int u_tiles = p.u_tiles[STEP_X], out = own.x * TILE + (int)threadIdx.x;
+        mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.xc, S::INNER / 2, shared_at(p.room.x),
+                                                                      tag);
+        math_sync();
+        product<2 * STAGES>(u_tiles, 1);
+        if (threadIdx.x < TILE)
+            mail_send(p.x_dbl + out,
+                      __float_as_uint(total(u_tiles, (int)threadIdx.x) + low_rank(layer, STEP_X, out)), tag);
+    }
+
+    /* Four lanes a channel, of 4 states each; they share dt's row of weights as well. */
+    __device__ __forceinline__ struct channel_scan<CHUNKS> load_scan(int layer) const {
+        const struct mamba_step_layer &l = p.layer[layer];
+        const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
+        struct channel_scan<CHUNKS> in = {
+        };
+        if (i < own.in.count * CHANNELS) {
+            const float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel),
+                        *rate = l.a + part * LANE_STATES * S::INNER + channel;
+            const step_type *weight = static_cast<const step_type *>(l.dt_proj) + channel * p.rank;
+#pragma unroll
+            for (int s = 0; s < LANE_STATES; s++) {
+                in.h[s] = state[s * S::INNER];
+                in.rate[s] = rate[s * S::INNER];
+            }
+            in.bias = l.dt_bias[channel];
+            in.skip = l.d[channel];
+#pragma unroll
+            for (int j = 0; j < CHUNKS; j++)
+                if ((part + j * LANES) * 8 < p.rank)
+                    in.weight[j] = *reinterpret_cast<const uint4 *>(weight + (part + j * LANES) * 8);
+        }
+        return in;
+    }
+
+    /* dt_low A^T, by all warps. */
+    __device__ __forceinline__ void
+    adapt_dt(int layer)
+    {
+        const float *a = p.lora[layer * STEP_ADAPTERS].a[STEP_DT], *low = floats_at(p.room.x_dbl);
+#pragma unroll 1
+        for (int j = (int)threadIdx.x / 8; j < p.lora_rank; j += MATH_THREADS / 8) {
+            float sum = 0.0f;
+            for (int i = lane % 8 * 4; i < p.rank; i += 32) {
+                const float4 f = *reinterpret_cast<const float4 *>(a + j * p.rank + i),
+                             v = *reinterpret_cast<const float4 *>(low + i);
+                sum += f.x * v.x + f.y * v.y + f.z * v.z + f.w * v.w;
+            }
+            const unsigned mates = 0xffu << (lane / 8 * 8);
+            sum += __shfl_xor_sync(mates, sum, 1);
+            sum += __shfl_xor_sync(mates, sum, 2);
+            sum += __shfl_xor_sync(mates, sum, 4);
+            if (lane % 8 == 0)
+                floats_at(p.room.u)[j] = sum;
+        }
+        math_sync();
+    }
+
+    /* dt, the state's step and y of the block's channels. */
+    __device__ __forceinline__ void scan(int layer, uint32_t tag)
+    {
+        const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
+        const bool live = i < own.in.count * CHANNELS;
+        struct channel_scan<CHUNKS> in = load_scan(layer);
+        mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE, shared_at(p.room.x_dbl), tag);
+        math_sync();
+        if (p.u_tiles[STEP_DT] > 0)
+            adapt_dt(layer);
+        if ((int)threadIdx.x / WARP * WARP >= own.in.count * CHANNELS * LANES)
+            return;
+        const float *low = floats_at(p.room.x_dbl);
+        const float4 b = *reinterpret_cast<const float4 *>(low + p.rank + part * LANE_STATES),
+                     c = *reinterpret_cast<const float4 *>(low + p.rank + STEP_STATE + part * LANE_STATES);
+        const float xc = floats_at(p.room.own_x)[live ? i : 0], z = floats_at(p.room.own_z)[live ? i : 0];
+        float dt = 0.0f;
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++)
+            if ((part + j * LANES) * 8 < p.rank)
+                dt += dot_8(in.weight[j], low + (part + j * LANES) * 8);
+        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+        if (live)
+            dt += low_rank(layer, STEP_DT, channel);
+        dt = softplus(dt + in.bias);
+        float y = 0.0f;
+#pragma unroll
+        for (int s = 0; s < LANE_STATES; s++) {
+            in.h[s] = fmaf(exp2_fast(dt * LOG2_E * in.rate[s]), in.h[s],
+                           dt * reinterpret_cast<const float *>(&b)[s] * xc);
+            y = fmaf(reinterpret_cast<const float *>(&c)[s], in.h[s], y);
+        }
+        y += __shfl_xor_sync(0xffffffffu, y, 1);
+        y += __shfl_xor_sync(0xffffffffu, y, 2);
+        y = fmaf(in.skip, xc, y) * silu(z);
+        const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, LANES));
+        if (live && lane % (2 * LANES) == 0)
+            mail_send(p.y + word_at(channel / 2), pair, tag);
+        if (live) {
+            float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel);
+#pragma unroll
+            for (int s = 0; s < LANE_STATES; s++)
+                state[s * S::INNER] = in.h[s];
+        }
+    }
+
+    /* r of the block's outputs, and h of the layer behind, by the first warp. */
+    __device__ __forceinline__ void out_proj(int layer, uint32_t tag)
+    {
+        const struct mamba_step_layer &l = p.layer[layer];
+        const int outputs = own.out.count * TILE, u_tiles = p.u_tiles[STEP_OUT],
+                  out = own.out.begin * TILE + lane;
+        const bool live = lane < outputs;
+        const float norm = live ? (layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f)[out] : 0.0f;
+        const float bias = live && l.out_bias != NULL ? l.out_bias[out] : 0.0f;
+        mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.y, S::INNER / 2, shared_at(p.room.x),
+                                                                      tag);
+        math_sync();
+        product<2 * STAGES>(u_tiles, own.out.count);
+        if (warp > 0)
+            return;
+        if (live)
+            own_r += total(u_tiles, lane) + low_rank(layer, STEP_OUT, out) + bias;
+        const float h = own_r * norm;
+        const uint32_t pair = round_pair(h, __shfl_down_sync(0xffffffffu, h, 1));
+        if (live && lane % 2 == 0)
+            mail_send(p.h + word_at(out / 2), pair, tag + 1);
+        const float squares = warp_sum(live ? own_r * own_r : 0.0f);
+        if (lane == 0) /* only the last blocks have outputs, if not all */
+            mail_send(p.squares + (int)blockIdx.x - max((int)gridDim.x - S::D / TILE, 0),
+                      __float_as_uint(squares), tag + 1);
+    }
+
+    __device__ __forceinline__ void head()
+    {
+        const struct share share = share_first((p.vocab + TILE - 1) / TILE, (int)blockIdx.x, (int)gridDim.x);
+        const int out = own.out.begin * TILE + lane;
+        if (warp == 0 && lane < own.out.count * TILE)
+            p.hidden[out] = from_float<step_type>(own_r * row_scale * p.norm_f[out]);
+#pragma unroll 1
+        for (int first = 0; first < share.count; first += HEAD_TILES) {
+            const int count = min((int)HEAD_TILES, share.count - first),
+                      token = (share.begin + first) * TILE + (int)threadIdx.x;
+            multiply<false, STAGES>(0, count);
+            math_sync();
+            if ((int)threadIdx.x < count * TILE && token < p.vocab)
+                p.logits[token] = total(0, (int)threadIdx.x) * row_scale;
+            math_sync();
+        }
+    }
+
+    __device__ __forceinline__ void run()
+    {
+#pragma unroll 1
+        for (int layer = 0;; layer++) {
+            const uint32_t tag = p.tag + (uint32_t)layer;
+            const struct channel_in in = load_in(min(layer, p.layers - 1));
+            if (threadIdx.x == 0)
+                *(volatile int *)&layers_begun = layer + 1;
+            if (layer == 0)
+                embed();
+            else
+                receive_h(tag);
+            if (layer == p.layers)
+                break;
+            in_proj(layer, tag, in);
+            if (own.x >= 0)
+                x_proj(layer, tag);
+            scan(layer, tag);
+            if (own.out.count > 0)
+                out_proj(layer, tag);
+        }
+        head();
+    }
+};
+
+#endif
+
+template <int KB, int STAGES>
+static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_constant__ struct step_one p)
+{
+#if CUDA_HOPPER
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.ring; i++) {
+            barrier_init(&ring_full[i], 1);
+            barrier_init(&ring_empty[i], MATH_WARPS);
+        }
+        barrier_inits_done();
+        layers_begun = 0;
+    }
+    __syncthreads();
+    const uint32_t full = shared_address(ring_full), empty = shared_address(ring_empty);
+    if (warp == COPY_WARP) {
+        struct copier<KB, STAGES> copier = {
+            p, full, empty, {0, 0, 0}, 0, 0
+        };
+        copier.run();
+    } else if (warp == TOUCH_WARP) {
+        touch_layers<KB, STAGES>(p);
+    } else {
+        struct math<KB, STAGES> math = {
+            p, {0, 0, 0}, full, empty, block_of<KB, STAGES>(p), warp, lane, 0.0f
+        };
+        math.run();
+    }
+#endif
+}
+
+/* ---- launch ---- */
+
+template <int KB, int STAGES> static int launch(struct kernel_device *device, struct step_one *p)
+{
+    using S = shape<KB, STAGES>;
+    enum { STATIC = 2048 + S::D * 4 /* shared memory */ };
+    const int blocks = min(min(device->multiprocessors, (int)STEP_ONE_BLOCKS), S::INNER / CHANNELS);
+    const int in_tiles = (int)divide_up(S::INNER / CHANNELS, blocks),
+              out_tiles = (int)divide_up(S::D / TILE, blocks);
+    p->ring = min((int)SLOTS_MOST,
+                  (device->shared_bytes - STATIC - lay_out_room(p, S::INNER, in_tiles, 0)) / S::SLOT);
+    if (p->ring < GROUP || in_tiles + STEP_ONE_TILES > SUMS || in_tiles * CHANNELS * LANES > MATH_THREADS ||
+        out_tiles * TILE > WARP || (p->rank + 2 * STEP_STATE) / TILE > blocks ||
+        p->rank > (S::D / 16 + 31) / 32 * 32)
+        return KERNEL_UNSUPPORTED;
+    const int shared = lay_out_room(p, S::INNER, in_tiles, p->ring * S::SLOT);
+    (void)lay_out_mail(p, S::D, S::INNER);
+    int status =
+        cuda_check(device, cudaFuncSetAttribute((const void *)one_kernel<KB, STAGES>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    if (status != KERNEL_OK)
+        return status;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = (size_t)shared;
+    config.stream = device->stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cuda_check(device, cudaLaunchKernelEx(&config, one_kernel<KB, STAGES>, *p));
+}
+
+int step_launch_one(struct kernel_device *device, struct step_one *p, int64_t d_model, int64_t d_inner)
+{
+    if (d_inner != 2 * d_model)
+        return KERNEL_UNSUPPORTED;
+    switch (d_model) {
+    case 256:
+        return launch<1, 1>(device, p);
+    case 768:
+        return launch<3, 1>(device, p);
+    case 1024:
+        return launch<4, 1>(device, p);
+    case 1536:
+        return launch<3, 2>(device, p);
+    case 2048:
+        return launch<4, 2>(device, p);
+    case 2560:
+        return launch<5, 2>(device, p);
+    default:
+        return KERNEL_UNSUPPORTED;
+    }
+}
