@@ -131,6 +131,8 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     scan.y = b->y;
     scan.lora = lora;
     scan.next_u = {b->u_out, step_wide_scan_parts(c)};
+    scan.ahead = l->out_proj;
+    scan.ahead_bytes = (int64_t)d * c * (int64_t)sizeof(step_type);
     if (status == KERNEL_OK)
         status = step_wide_launch_scan(device, &scan);
 

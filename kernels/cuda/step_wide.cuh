@@ -74,6 +74,9 @@ struct step_wide_scan {
     step_type *y;
     const struct step_lora *lora;
     struct step_parts next_u;
+    /* What the kernel behind reads: brought to the second-level cache when this one has nothing more to read. */
+    const void *ahead;
+    int64_t ahead_bytes;
 };
 
 /* A chain: what emits it is handed. */

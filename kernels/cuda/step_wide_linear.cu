@@ -19,6 +19,7 @@ enum {
     WARPGROUP = 128,
     STAGES_MOST = 12,
     SPLITS_MOST = 8,
+    K_LEAST = 384,             /* of a block, where there is a choice */
     PAD = 4,                   /* floats behind a row of sums: no two lanes that write share a bank */
     CONSUMERS = 2 * WARPGROUP, /* threads that multiply and finish */
     BOX = 64 * TILE_K * 2,
@@ -270,6 +271,25 @@ static __device__ __forceinline__ void multiply(float (&acc)[SUMS], const struct
 
 #endif
 
+/* The sum of every `step`th of `count` numbers, `stride` apart, with AT_ONCE loads under way. */
+template <int AT_ONCE>
+static __device__ __forceinline__ float sum_strided(const float *from, int64_t stride, int first, int count,
+                                                    int step)
+{
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int i = first; i < count; i += AT_ONCE * step) {
+        float v[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            v[j] = i + j * step < count ? from[(i + j * step) * stride] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+            sum += v[j];
+    }
+    return sum;
+}
+
 /* 1/rms of the rows that this block finishes. */
 static __device__ __forceinline__ void gather_scale(const struct step_wide_linear &p, int n0, int own,
                                                     float *scale)
@@ -278,8 +298,7 @@ static __device__ __forceinline__ void gather_scale(const struct step_wide_linea
         const int local = first + (int)threadIdx.x / 8;
         float sum = 0.0f;
         if (local < own)
-            for (int i = threadIdx.x % 8; i < p.squares.count; i += 8)
-                sum += p.squares.values[(int64_t)i * p.rows + n0 + local];
+            sum = sum_strided<4>(p.squares.values + n0 + local, p.rows, threadIdx.x % 8, p.squares.count, 8);
         sum = row_sum<8>(sum);
         if (local < own && threadIdx.x % 8 == 0)
             scale[local] = rsqrtf(sum / (float)p.k + p.eps);
@@ -330,11 +349,8 @@ static __device__ __forceinline__ void gather_u(const struct step_wide_linear &p
             const int j = first + (int)threadIdx.x % 8;
             const float *from = p.u.values + (int64_t)(n0 + local) * STEP_RANK + j;
             float sum = 0.0f;
-            if (j < rank) {
-#pragma unroll 12
-                for (int s = share; s < parts; s += lanes)
-                    sum += from[(int64_t)s * p.rows * STEP_RANK];
-            }
+            if (j < rank)
+                sum = sum_strided<8>(from, (int64_t)p.rows * STEP_RANK, share, parts, lanes);
             if (lanes > 1)
                 sum += __shfl_xor_sync(0xffffffffu, sum, 8);
             if (lanes > 2)
@@ -439,23 +455,33 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
               columns = MODE == STEP_MODE_IN ? p.inner : p.m; /* fed to the next product */
     const bool inside = out < p.m, convolves = MODE == STEP_MODE_IN && out < p.inner;
     struct quad norm = {}, before[QUADS][STEP_CONV - 1];
-    float *state[QUADS];
     if (MODE == STEP_MODE_IN && first_row < p.inner)
         copy_filter<L::M>(p, first_row, filter);
-    if (convolves) {
+    /* The convolution's state: to registers, or as far as the second-level cache where the rows are many. */
+    int slots[QUADS];
 #pragma unroll
-        for (int i = 0; i < QUADS; i++) {
-            int local = row0 + i * L::ROWS_AT_ONCE, n = n0 + local;
-            if (local < own && n < rows) {
-                state[i] = p.states + p.header->slots[n] * p.slot_stride + out;
-#pragma unroll
-                for (int k = 0; k < STEP_CONV - 1; k++)
-                    before[i][k] = load_quad(state[i] + k * (int64_t)p.inner);
-            }
-        }
-    } else if (MODE == STEP_MODE_OUT && inside) {
-        norm = load_quad(p.norm + out);
+    for (int i = 0; i < QUADS; i++) {
+        const int local = row0 + i * L::ROWS_AT_ONCE;
+        slots[i] = convolves && local < own && n0 + local < rows ? p.header->slots[n0 + local] : -1;
     }
+    auto each_state = [&](auto use) {
+#pragma unroll
+        for (int i = 0; i < QUADS; i++)
+#pragma unroll
+            for (int k = 0; k < STEP_CONV - 1; k++)
+                if (slots[i] >= 0)
+                    use(i, k, p.states + slots[i] * p.slot_stride + k * (int64_t)p.inner + out);
+    };
+    auto load_state = [&](int i, int k, const float *from) { before[i][k] = load_quad(from); };
+    if (MODE == STEP_MODE_IN && !LARGE)
+        each_state(load_state);
+    if (MODE == STEP_MODE_IN && LARGE)
+        each_state([&](int, int, const float *from) {
+            if (m % 32 == 0)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+        });
+    if (MODE == STEP_MODE_OUT && inside)
+        norm = load_quad(p.norm + out);
     float *factors_b = reinterpret_cast<float *>(ring.tiles + p.factors), *factors_a = factors_b + L::FACTORS;
     int main = -1, most_rank = 0;
     struct adapter_use main_use = {};
@@ -508,6 +534,8 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                 to[(8 * j + i % 2) * L::STRIDE + i / 2 * 8] = acc[4 * j + i];
     }
     numbered_wait(1, CONSUMERS);
+    if (MODE == STEP_MODE_IN && LARGE)
+        each_state(load_state);
     auto sum_of = [&](int row) { /* of this block */
                                  struct quad sum = load_quad(sums + row * L::STRIDE + m);
                                  if (L::OVER_K == 2) {
@@ -586,9 +614,10 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                     v.v[e] += bias.v[e];
             }
             if (convolves) {
-                store_quad(state[i], before[i][1]);
-                store_quad(state[i] + p.inner, before[i][2]);
-                store_quad(state[i] + 2 * (int64_t)p.inner, v);
+                float *state = p.states + slots[i] * p.slot_stride + out;
+                store_quad(state, before[i][1]);
+                store_quad(state + p.inner, before[i][2]);
+                store_quad(state + 2 * (int64_t)p.inner, v);
                 struct quad y = load_quad(filter + STEP_CONV * L::M + m);
 #pragma unroll
                 for (int k = 0; k < STEP_CONV; k++) {
@@ -731,13 +760,14 @@ int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows
     return cut_of(mode, m, k, rows).outputs;
 }
 
-/* The blocks of a cluster: as many as fill the device best, once, or twice where the weights are large. */
-static int choose_splits(const struct kernel_device *device, bool large, int blocks)
+/* The blocks of a cluster: as many as fill the device best, once, or twice where the weights are large; but each with
+ * something to multiply. */
+static int choose_splits(const struct kernel_device *device, bool large, int blocks, int64_t k)
 {
     const int slots = device->multiprocessors, most = large ? 2 * slots : slots;
-    int best = large ? 3 : 1;
+    int best = large ? 2 : 1;
     double best_fill = 0;
-    for (int splits = best; splits <= SPLITS_MOST; splits++) {
+    for (int splits = best; splits <= SPLITS_MOST && splits * K_LEAST <= k; splits++) {
         const int all = blocks * splits;
         const double fill = (double)all / (double)(divide_up(all, slots) * slots);
         if (all <= most && fill > best_fill + 0.02) {
@@ -788,13 +818,13 @@ template <int MODE, bool LARGE, int ROWS>
 static int launch_cut(struct kernel_device *device, struct step_wide_linear *p)
 {
     using L = layout<LARGE, ROWS>;
-    p->splits = choose_splits(device, LARGE, (int)(divide_up(p->m, L::M) * divide_up(p->rows, ROWS)));
+    p->splits = choose_splits(device, LARGE, (int)(divide_up(p->m, L::M) * divide_up(p->rows, ROWS)), p->k);
     p->own = (int)divide_up(p->rows < ROWS ? p->rows : ROWS, p->splits);
     p->owner_scale = 65536 / p->own + 1;
     const int quads = (int)divide_up(p->own, L::ROWS_AT_ONCE);
     if constexpr (LARGE)
         if (quads > 2)
-            return launch_adapted<MODE, LARGE, ROWS, 3>(device, p);
+            return launch_adapted<MODE, LARGE, ROWS, 4>(device, p);
     if constexpr (ROWS > 16)
         if (quads > 1)
             return launch_adapted<MODE, LARGE, ROWS, 2>(device, p);

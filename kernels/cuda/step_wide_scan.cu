@@ -155,6 +155,18 @@ static __device__ __forceinline__ float sum_of_groups(const float (&v)[LANE_CHAN
     return (odd ? high : low) + __shfl_xor_sync(0xffffffffu, odd ? low : high, 8);
 }
 
+/* This block's share of what is wanted in the second-level cache, by one thread. */
+static __device__ __forceinline__ void fetch_ahead(const struct step_wide_scan &p)
+{
+    const int64_t blocks = (int64_t)gridDim.x * gridDim.y,
+                  block = (int64_t)blockIdx.y * gridDim.x + blockIdx.x;
+    const int64_t begin = p.ahead_bytes / 16 * block / blocks * 16,
+                  end = p.ahead_bytes / 16 * (block + 1) / blocks * 16;
+    if (end > begin)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const char *)p.ahead + begin),
+                     "r"((int)(end - begin)));
+}
+
 /* One adapter to a lane: of dt_proj A and its channel's row of B, of out_proj its channel's column of A. Ranks are 0
  * where there is none. */
 struct adapter_use {
@@ -317,6 +329,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
         copies_commit();
     }
     for (int at = begin; at < end; at++) {
+        if (threadIdx.x == 0 && at == max(begin, end - STAGES)) /* all states have been asked for */
+            fetch_ahead(p);
         const int n = at * SEQUENCES + warp;
         const bool live = n < rows;
         struct stage *in = stage_of(at);
