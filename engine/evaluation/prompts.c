@@ -1,0 +1,409 @@
+/* prompts.c: see prompts.h. */
+#include "engine/evaluation/prompts.h"
+
+#include "base/random_mt.h"
+#include "engine/evaluation/python_text.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct prompts {
+    const struct task *task;
+    const struct tokenizer *tokenizer;
+    struct prompt_options options;
+    struct task_documents tested, others; /* others: the examples', where they are another split's */
+    const struct task_documents *pool;
+    bool exclude;
+    char *description;
+    struct random_mt random;
+    int64_t count, next;
+    int64_t *drawn; /* [shots+1] indices into the pool */
+    int64_t *rest;  /* [pool] */
+};
+
+void example_free(struct example *example)
+{
+    free(example->requests);
+    free(example->ids);
+    *example = (struct example){0};
+}
+
+static int no_memory(struct error *error)
+{
+    return error_set(error, ERROR_NO_MEMORY, "no memory for prompts");
+}
+
+static int at_document(const struct task_documents *from, int64_t index, struct error *error)
+{
+    return error_prefix(error, "%.200s line %" PRId64 ": ", from->file, from->documents.items[index].line);
+}
+
+/* ---- opening ---- */
+
+static int render_description(struct prompts *prompts, int subtask, struct error *error)
+{
+    const struct task *task = prompts->task;
+    struct buffer text = {0};
+    json_t *fields =
+        subtask < 0 ? json_object() : json_pack("{s:s}", task->subtask_field, task->subtasks[subtask].name);
+    int status = fields ? 0 : no_memory(error);
+    if (!status && task->description && (status = template_text(task->description, fields, &text, error)))
+        error_prefix(error, "description: ");
+    json_decref(fields);
+    if (!status && !(prompts->description = buffer_take(&text, NULL)))
+        status = no_memory(error);
+    buffer_free(&text);
+    return status;
+}
+
+static int open_pool(struct prompts *prompts, int subtask, const struct task_source *source,
+                     struct error *error)
+{
+    const struct task *task = prompts->task;
+    int split, shots = prompts->options.shots;
+    if (!task->n_pools)
+        return error_set(error, ERROR_INVALID, "%s has no few-shot examples", task->name);
+    int status =
+        task_load(task, subtask, task->pools, task->n_pools, source, &prompts->others, &split, error);
+    if (status)
+        return status;
+    prompts->pool = &prompts->others;
+    prompts->exclude = task->exclude_document < 0 ? split == task->documents : task->exclude_document > 0;
+    const int64_t count = prompts->pool->documents.count;
+    const int64_t wanted = shots + (prompts->exclude && !task->first_n);
+    if (count < wanted)
+        return error_set(error, ERROR_INVALID,
+                         "%d shots draw %" PRId64 " documents where %.200s has %" PRId64, shots, wanted,
+                         prompts->pool->file, count);
+    prompts->drawn = malloc((size_t)(shots + 1) * sizeof *prompts->drawn);
+    prompts->rest = malloc((size_t)count * sizeof *prompts->rest);
+    return prompts->drawn && prompts->rest ? 0 : no_memory(error);
+}
+
+int prompts_open(const struct task *task, int subtask, const struct prompt_options *options,
+                 const struct task_source *source, const struct tokenizer *tokenizer,
+                 struct prompts **ret_prompts, struct error *error)
+{
+    int split;
+    struct prompts *prompts = calloc(1, sizeof *prompts);
+    if (!prompts)
+        return no_memory(error);
+    *prompts = (struct prompts){.task = task, .tokenizer = tokenizer, .options = *options};
+    random_mt_seed(&prompts->random, options->seed);
+    int status = task_load(task, subtask, &task->documents, 1, source, &prompts->tested, &split, error);
+    if (!status)
+        status = render_description(prompts, subtask, error);
+    if (!status && options->shots > 0)
+        status = open_pool(prompts, subtask, source, error);
+    if (status) {
+        prompts_free(prompts);
+        return status;
+    }
+    prompts->count = prompts->tested.documents.count;
+    if (options->limit > 0 && options->limit < prompts->count)
+        prompts->count = options->limit;
+    *ret_prompts = prompts;
+    return 0;
+}
+
+void prompts_free(struct prompts *prompts)
+{
+    if (!prompts)
+        return;
+    task_documents_free(&prompts->tested);
+    task_documents_free(&prompts->others);
+    free(prompts->description);
+    free(prompts->drawn);
+    free(prompts->rest);
+    free(prompts);
+}
+
+int64_t prompts_count(const struct prompts *prompts)
+{
+    return prompts->count;
+}
+
+const char *prompts_pool_file(const struct prompts *prompts)
+{
+    return prompts->pool ? prompts->pool->file : NULL;
+}
+
+/* ---- examples ---- */
+
+static const json_t *pool_document(const struct prompts *prompts, int64_t index)
+{
+    return prompts->pool->documents.items[index].fields;
+}
+
+/* Keep those of `count` indices that are not equal to the document; returns how many. */
+static int64_t without_document(const struct prompts *prompts, const json_t *document, int64_t *indices,
+                                int64_t count)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (!json_equal(pool_document(prompts, indices[i]), document))
+            indices[kept++] = indices[i];
+    return kept;
+}
+
+/* The pool without the document, in `rest`. */
+static int64_t rest_of_pool(struct prompts *prompts, const json_t *document)
+{
+    const int64_t count = prompts->pool->documents.count;
+    for (int64_t i = 0; i < count; i++)
+        prompts->rest[i] = i;
+    return prompts->exclude ? without_document(prompts, document, prompts->rest, count) : count;
+}
+
+/* Fill `drawn` with the document's examples. */
+static int draw(struct prompts *prompts, const json_t *document, struct error *error)
+{
+    const int64_t shots = prompts->options.shots;
+    int64_t n_rest, *drawn = prompts->drawn;
+    if (prompts->task->first_n) {
+        n_rest = rest_of_pool(prompts, document);
+        if (n_rest < shots)
+            return error_set(error, ERROR_INVALID, "the pool has %" PRId64 " examples beside it", n_rest);
+        memcpy(drawn, prompts->rest, (size_t)shots * sizeof *drawn);
+        return 0;
+    }
+    int status =
+        random_mt_sample(&prompts->random, prompts->pool->documents.count, shots + prompts->exclude, drawn);
+    if (status || !prompts->exclude)
+        return status ? no_memory(error) : 0;
+    if (without_document(prompts, document, drawn, shots + 1) >= shots)
+        return 0;
+    n_rest = rest_of_pool(prompts, document);
+    if (n_rest < shots)
+        return error_set(error, ERROR_INVALID, "the pool has %" PRId64 " examples that differ from it",
+                         n_rest);
+    if (random_mt_sample(&prompts->random, n_rest, shots, drawn))
+        return no_memory(error);
+    for (int64_t i = 0; i < shots; i++)
+        drawn[i] = prompts->rest[drawn[i]];
+    return 0;
+}
+
+static int append_example(const struct prompts *prompts, int64_t index, struct buffer *prefix,
+                          struct error *error)
+{
+    const struct task *task = prompts->task;
+    struct task_text text;
+    int status = task_render(task, pool_document(prompts, index), &text, error);
+    if (status)
+        return at_document(prompts->pool, index, error);
+    const char *chosen = text.choices[text.gold];
+    buffer_append_string(prefix, task->kind == TASK_CONTEXTS ? chosen : text.context);
+    buffer_append_string(prefix, task->target_delimiter);
+    buffer_append_string(prefix, task->kind == TASK_CONTEXTS ? text.continuation : chosen);
+    buffer_append_string(prefix, task->fewshot_delimiter);
+    task_text_free(&text);
+    return 0;
+}
+
+/* ---- ids ---- */
+
+struct pair {
+    struct buffer context, continuation;
+};
+
+/* White space at the context's end goes to the continuation. */
+static int move_space(struct pair *pair, struct error *error)
+{
+    size_t space = python_trailing_space(pair->context.data ? pair->context.data : "", pair->context.length);
+    if (!space)
+        return 0;
+    struct buffer moved = {0};
+    buffer_append(&moved, pair->context.data + pair->context.length - space, space);
+    if (pair->continuation.length)
+        buffer_append(&moved, pair->continuation.data, pair->continuation.length);
+    buffer_free(&pair->continuation);
+    pair->continuation = moved;
+    pair->context.length -= space;
+    pair->context.data[pair->context.length] = '\0';
+    return moved.failed ? no_memory(error) : 0;
+}
+
+static int encode(const struct prompts *prompts, const struct buffer *text, struct token_list *ids,
+                  struct error *error)
+{
+    if (text->failed)
+        return no_memory(error);
+    return text->length ? tokenizer_encode(prompts->tokenizer, text->data, text->length, ids, error) : 0;
+}
+
+/* Nothing to go on from: the prefix token is, or the continuation's own first where that is it. */
+static int split_without_context(const struct prompts *prompts, const struct pair *pair,
+                                 struct token_list *ids, int32_t *ret_n_context, struct error *error)
+{
+    struct token_list continuation = {0};
+    int32_t prefix = prompts->options.prefix_id;
+    if (prefix < 0)
+        return error_set(error, ERROR_INVALID,
+                         "the context is empty, and the model has no token to begin with");
+    int status = encode(prompts, &pair->continuation, &continuation, error);
+    if (!status && (!continuation.count || continuation.ids[0] != prefix) && token_list_push(ids, prefix))
+        status = no_memory(error);
+    for (size_t i = 0; !status && i < continuation.count; i++)
+        if (token_list_push(ids, continuation.ids[i]))
+            status = no_memory(error);
+    token_list_free(&continuation);
+    *ret_n_context = 1;
+    return status;
+}
+
+/* Append a pair's ids. `known` keeps the last context's ids: choices share them. */
+static int split(const struct prompts *prompts, struct pair *pair, struct pair *known_text,
+                 struct token_list *known, struct token_list *ids, int32_t *ret_n_context,
+                 struct error *error)
+{
+    struct token_list whole = {0};
+    int status = 0;
+    if (!pair->context.length)
+        return split_without_context(prompts, pair, ids, ret_n_context, error);
+    status = move_space(pair, error);
+    if (!status && (known_text->context.length != pair->context.length || !known->count ||
+                    memcmp(known_text->context.data, pair->context.data, pair->context.length))) {
+        known->count = 0;
+        buffer_clear(&known_text->context);
+        buffer_append(&known_text->context, pair->context.data ? pair->context.data : "",
+                      pair->context.length);
+        status = encode(prompts, &known_text->context, known, error);
+    }
+    struct buffer text = {0};
+    buffer_append(&text, pair->context.data ? pair->context.data : "", pair->context.length);
+    if (pair->continuation.length)
+        buffer_append(&text, pair->continuation.data, pair->continuation.length);
+    if (!status)
+        status = encode(prompts, &text, &whole, error);
+    for (size_t i = 0; !status && i < known->count; i++)
+        if (token_list_push(ids, known->ids[i]))
+            status = no_memory(error);
+    for (size_t i = known->count; !status && i < whole.count; i++)
+        if (token_list_push(ids, whole.ids[i]))
+            status = no_memory(error);
+    *ret_n_context = (int32_t)known->count;
+    buffer_free(&text);
+    token_list_free(&whole);
+    return status;
+}
+
+/* ---- an example ---- */
+
+struct making {
+    struct pair pair, known_text;
+    struct token_list ids, known;
+};
+
+static void fill_pair(const struct prompts *prompts, const struct buffer *prefix,
+                      const struct task_text *text, int i, struct pair *pair)
+{
+    const struct task *task = prompts->task;
+    buffer_clear(&pair->context);
+    buffer_clear(&pair->continuation);
+    buffer_append(&pair->context, prefix->data ? prefix->data : "", prefix->length);
+    buffer_append_string(&pair->context, task->kind == TASK_CONTEXTS ? text->choices[i] : text->context);
+    if (task->kind != TASK_TARGET)
+        buffer_append_string(&pair->continuation, task->target_delimiter);
+    buffer_append_string(&pair->continuation,
+                         task->kind == TASK_CONTEXTS ? text->continuation : text->choices[i]);
+}
+
+/* One request's ids go to the end of making->ids; request->n_ids says how many they are. */
+static int make_request(const struct prompts *prompts, struct making *making, struct prompt_request *request,
+                        struct error *error)
+{
+    const int32_t longest = prompts->options.max_length;
+    size_t begin = making->ids.count;
+    if (making->pair.context.failed || making->pair.continuation.failed)
+        return no_memory(error);
+    int status = split(prompts, &making->pair, &making->known_text, &making->known, &making->ids,
+                       &request->n_context, error);
+    if (status)
+        return status;
+    size_t count = making->ids.count - begin;
+    if (count > INT32_MAX / 2)
+        return error_set(error, ERROR_INVALID, "a prompt of %zu tokens", count);
+    request->n_ids = (int32_t)count;
+    if (longest && request->n_ids > longest - 1) {
+        int32_t dropped = request->n_ids - (longest - 1);
+        if (dropped >= request->n_context)
+            return error_set(error, ERROR_INVALID, "a continuation of %" PRId32 " tokens leaves no context",
+                             request->n_ids - request->n_context);
+        memmove(making->ids.ids + begin, making->ids.ids + begin + dropped,
+                (size_t)(longest - 1) * sizeof *making->ids.ids);
+        making->ids.count -= (size_t)dropped;
+        request->n_ids -= dropped;
+        request->n_context -= dropped;
+    }
+    if (!request->n_context)
+        return error_set(error, ERROR_INVALID, "the context has no tokens");
+    return 0;
+}
+
+static int make_example(const struct prompts *prompts, const struct buffer *prefix,
+                        const struct task_text *text, struct example *example, struct error *error)
+{
+    struct making making = {0};
+    int status = 0;
+    example->n_requests = text->n_choices;
+    example->gold = text->gold;
+    example->requests = calloc((size_t)text->n_choices, sizeof *example->requests);
+    if (!example->requests)
+        status = no_memory(error);
+    for (int i = 0; !status && i < text->n_choices; i++) {
+        struct prompt_request *request = &example->requests[i];
+        request->characters = python_length(text->choices[i], strlen(text->choices[i]));
+        fill_pair(prompts, prefix, text, i, &making.pair);
+        status = make_request(prompts, &making, request, error);
+    }
+    if (!status) {
+        int32_t *at = example->ids = making.ids.ids;
+        making.ids = (struct token_list){0};
+        for (int i = 0; i < example->n_requests; at += example->requests[i++].n_ids)
+            example->requests[i].ids = at;
+    }
+    buffer_free(&making.pair.context);
+    buffer_free(&making.pair.continuation);
+    buffer_free(&making.known_text.context);
+    token_list_free(&making.ids);
+    token_list_free(&making.known);
+    return status;
+}
+
+int prompts_next(struct prompts *prompts, struct example *ret_example, struct error *error)
+{
+    if (prompts->next >= prompts->count)
+        return error_set(error, ERROR_INTERNAL, "there are %" PRId64 " documents", prompts->count);
+    const int64_t index = prompts->next;
+    const struct document *document = &prompts->tested.documents.items[index];
+    struct example example = {.document = index, .line = document->line};
+    struct buffer prefix = {0};
+    struct task_text text = {0};
+    int status = 0;
+    if (prompts->options.shots > 0 && (status = draw(prompts, document->fields, error)))
+        at_document(&prompts->tested, index, error);
+    if (!status && ret_example) {
+        buffer_append_string(&prefix, prompts->description);
+        for (int32_t i = 0; !status && i < prompts->options.shots; i++)
+            status = append_example(prompts, prompts->drawn[i], &prefix, error);
+        if (!status) {
+            status = task_render(prompts->task, document->fields, &text, error);
+            if (!status)
+                status = make_example(prompts, &prefix, &text, &example, error);
+            if (status)
+                at_document(&prompts->tested, index, error);
+        }
+    }
+    buffer_free(&prefix);
+    task_text_free(&text);
+    if (status) {
+        example_free(&example);
+        return status;
+    }
+    prompts->next++;
+    if (ret_example)
+        *ret_example = example;
+    return 0;
+}
