@@ -462,23 +462,28 @@ static int apply(const struct filter_call *call, const json_t *value, json_t **r
     return status;
 }
 
+/* Prefix the message with the field that it is about. */
+static int in_field(const struct piece *piece, struct error *error)
+{
+    return error_prefix(error, "{%s%s}: ", piece->steps[0], piece->n_steps > 1 ? "..." : "");
+}
+
 static int field_value(const struct piece *piece, const json_t *document, json_t **ret_value,
                        struct error *error)
 {
     json_t *value;
     int status = resolve(document, piece->steps, piece->n_steps, &value, error);
-    if (status)
-        return status;
     for (int i = 0; !status && i < piece->n_calls; i++) {
         json_t *filtered;
         status = apply(&piece->calls[i], value, &filtered, error);
+        json_decref(value);
         if (status)
             error_prefix(error, "%s: ", piece->calls[i].filter->name);
-        json_decref(value);
-        value = status ? NULL : filtered;
+        else
+            value = filtered;
     }
     if (status)
-        return error_prefix(error, "{%s%s}: ", piece->steps[0], piece->n_steps > 1 ? "..." : "");
+        return in_field(piece, error);
     *ret_value = value;
     return 0;
 }
@@ -497,9 +502,8 @@ int template_text(const struct template *template, const json_t *document, struc
         status = field_value(piece, document, &value, error);
         if (status)
             break;
-        status = append_text(value, out, error);
-        if (status)
-            error_prefix(error, "{%s%s}: ", piece->steps[0], piece->n_steps > 1 ? "..." : "");
+        if ((status = append_text(value, out, error)))
+            in_field(piece, error);
         json_decref(value);
     }
     if (!status && out->failed)

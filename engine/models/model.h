@@ -258,5 +258,10 @@ int runner_logits(struct runner *runner, const int32_t *rows, int32_t n_rows, co
 int runner_score(struct runner *runner, int64_t row_begin, int64_t row_end, const int32_t *targets,
                  float *logprobs, int32_t *argmax, int32_t n_top, int32_t *top_ids, float *top_logprobs,
                  struct error *error);
+/* The same for rows anywhere in the last forward, each as often as is liked, at most runner_score_most() and all of one set of
+ * weights: log p(target), and that of the most probable token. */
+int runner_score_rows(struct runner *runner, const int32_t *rows, int64_t n_rows, const int32_t *targets,
+                      float *logprobs, float *best, struct error *error);
+int64_t runner_score_most(const struct runner *runner);
 
 #endif

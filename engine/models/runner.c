@@ -24,7 +24,7 @@ static void plan_runner(const struct runner *runner, struct plan *plan)
     plan_add(plan, RUNNER_IDS, PLAN_WORKSPACE, tokens, sizeof(int32_t));
     plan_add(plan, RUNNER_RESIDUAL, PLAN_WORKSPACE, tokens * config->d_model, sizeof(float));
     plan_add(plan, RUNNER_HIDDEN, PLAN_WORKSPACE, tokens * config->d_model, act_bytes);
-    plan_add(plan, RUNNER_ROWS, PLAN_WORKSPACE, seqs * config->d_model, act_bytes);
+    plan_add(plan, RUNNER_ROWS, PLAN_WORKSPACE, (seqs > scored ? seqs : scored) * config->d_model, act_bytes);
     plan_add(plan, RUNNER_LOGITS, PLAN_WORKSPACE, seqs * config->vocab_size, sizeof(float));
     plan_add(plan, RUNNER_TARGETS, PLAN_WORKSPACE, scored, sizeof(int32_t));
     plan_add(plan, RUNNER_LOGPROBS, PLAN_WORKSPACE, scored, sizeof(float));
@@ -364,9 +364,10 @@ int runner_logits(struct runner *runner, const int32_t *rows, int32_t n_rows, co
 
 /* ---- scores ---- */
 
-/* One chunk of rows that share a head; the outputs are the chunk's own. */
-static int score_chunk(const struct runner *runner, int64_t row, int64_t rows, const int32_t *targets,
-                       float *logprobs, int32_t *argmax, int32_t n_top, int32_t *top_ids, float *top_logprobs)
+/* One chunk of rows that share the weights of row `row`; the outputs are the chunk's own. */
+static int score_chunk(const struct runner *runner, int64_t row, const void *hidden, int64_t rows,
+                       const int32_t *targets, float *logprobs, int32_t *argmax, int32_t n_top,
+                       int32_t *top_ids, float *top_logprobs)
 {
     const struct model *model = runner->model;
     const struct kernel_ops *ops = model->ops;
@@ -376,8 +377,7 @@ static int score_chunk(const struct runner *runner, int64_t row, int64_t rows, c
     struct head_args args = {.rows = rows,
                              .d_model = model->config.d_model,
                              .vocab = model->config.vocab_size,
-                             .hidden =
-                                 element_at(buffers[RUNNER_HIDDEN], row * model->config.d_model, model->act),
+                             .hidden = hidden,
                              .weight = head.data,
                              .weight_type = head.type,
                              .act = model->act,
@@ -428,11 +428,46 @@ int runner_score(struct runner *runner, int64_t row_begin, int64_t row_end, cons
         while (rows < runner->score_rows && row + rows < row_end && full_at(runner, row + rows) == full)
             rows++;
         int64_t at = row - row_begin;
-        int status = score_chunk(runner, row, rows, targets + at, logprobs ? logprobs + at : NULL,
+        const void *hidden = element_at(runner->buffers[RUNNER_HIDDEN], row * runner->model->config.d_model,
+                                        runner->model->act);
+        int status = score_chunk(runner, row, hidden, rows, targets + at, logprobs ? logprobs + at : NULL,
                                  argmax ? argmax + at : NULL, n_top, top_ids ? top_ids + at * n_top : NULL,
                                  top_logprobs ? top_logprobs + at * n_top : NULL);
         if (status)
             return model_status(status, error, "head");
     }
     return 0;
+}
+
+int64_t runner_score_most(const struct runner *runner)
+{
+    return runner->score_rows;
+}
+
+int runner_score_rows(struct runner *runner, const int32_t *rows, int64_t n_rows, const int32_t *targets,
+                      float *logprobs, float *best, struct error *error)
+{
+    const struct model *model = runner->model;
+    const int64_t d = model->config.d_model;
+    void *gathered = runner->buffers[RUNNER_ROWS];
+    int32_t best_ids[SCORE_ROWS];
+    int status = 0;
+    if (n_rows < 1 || n_rows > runner->score_rows)
+        return error_set(error, ERROR_INVALID, "scores of %" PRId64 " rows where 1 to %" PRId64 " fit",
+                         n_rows, runner->score_rows);
+    for (int64_t i = 0; i < n_rows; i++)
+        if (rows[i] < 0 || rows[i] >= runner->n_rows || targets[i] < 0 ||
+            targets[i] >= model->config.vocab_size || full_at(runner, rows[i]) != full_at(runner, rows[0]))
+            return error_set(error, ERROR_INVALID, "row %" PRId32 " cannot be scored against %" PRId32,
+                             rows[i], targets[i]);
+    for (int64_t i = 0, end; !status && i < n_rows; i = end) {
+        for (end = i + 1; end < n_rows && rows[end] == rows[end - 1] + 1;)
+            end++;
+        status = model->ops->copy(model->device, element_at(gathered, i * d, model->act),
+                                  element_at(runner->buffers[RUNNER_HIDDEN], rows[i] * d, model->act),
+                                  (size_t)((end - i) * d) * kernel_type_size(model->act));
+    }
+    if (!status)
+        status = score_chunk(runner, rows[0], gathered, n_rows, targets, logprobs, NULL, 1, best_ids, best);
+    return status ? model_status(status, error, "head") : 0;
 }
