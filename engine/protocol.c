@@ -21,6 +21,8 @@ static const struct {
     {FRAME_JOB_STOP, "job_stop"},
     {FRAME_SHUTDOWN, "shutdown"},
     {FRAME_JOB_PLAN, "job_plan"},
+    {FRAME_EVALUATION_VALIDATE, "evaluation_validate"},
+    {FRAME_EVALUATION_START, "evaluation_start"},
     {FRAME_HELLO, "hello"},
     {FRAME_STATUS, "status"},
     {FRAME_LOADED, "loaded"},
@@ -39,6 +41,7 @@ static const struct {
     {FRAME_JOB_ENDED, "job_ended"},
     {FRAME_FAULT, "fault"},
     {FRAME_JOB_PLANNED, "job_planned"},
+    {FRAME_EVALUATION_RESULTS, "evaluation_results"},
 };
 
 static const char *find_name(unsigned type)

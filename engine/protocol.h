@@ -41,6 +41,12 @@
  *   JOB_START -> JOB_* ... JOB_ENDED   begins when no request runs, if there is no room before
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",
  *     "resume_from": path|null}
+ *   EVALUATION_VALIDATE -> JOB_VALIDATED (examples and total_steps alone) | JOB_INVALID | FAILED    "busy", as above
+ *     {"job","attempt","models": [{"name","model","adapter"}...],"tasks": [{"name","definition": path}...],
+ *     "num_fewshot": [n...],"limit": n|null,"seed","max_length": n|null,"share": bool (false: every request by itself),
+ *     "data_dir": path|null,"files": {name: path} (uploaded ones)}
+ *   EVALUATION_START -> JOB_MESSAGE | EVALUATION_RESULTS ... JOB_ENDED
+ *     the same, "total_steps", and "done": {a model's name: {"TASK/SHOTS": [[first,last] of documents scored before...]}}
  *   JOB_STOP                        pause checkpoints first. Answered by JOB_ENDED
  *     {"job","attempt","reason": "cancel"|"pause"}
  *   SHUTDOWN                        checkpoint the running job, end it as "paused", exit 0
@@ -83,6 +89,12 @@
  *     "best","resumable_only"}
  *   JOB_CHECKPOINT_DROPPED          its folder is gone: keep_checkpoints newer ones exist
  *     {"job","attempt","step"}
+ *   EVALUATION_RESULTS              of one batch: examples of one model, task and shot count, whole ones alone. tokens: that the
+ *                                   requests begun meanwhile have; tokens_run: that went through the model; seconds: took
+ *     {"job","attempt","model": name,"metrics": "acc acc_norm" (their names, a space between),"precision","task","parent" (its
+ *     definition's name),"group" (of its subtask, or ""),"num_fewshot","pool": file|null,"results": [{"doc","acc": 0|1,
+ *     "acc_norm": 0|1,"log_likelihood" (of the gold or the target),"detail": JSON text for clients}...],"tokens","tokens_run",
+ *     "seconds","tokens_per_second","step","total_steps","eta_seconds"}
  *   FAULT                           its last frame, perhaps its first: why the process ends by itself
  *     {"reason"}
  *   JOB_ENDED
@@ -116,6 +128,8 @@ enum frame_type {
     FRAME_JOB_STOP,
     FRAME_SHUTDOWN,
     FRAME_JOB_PLAN,
+    FRAME_EVALUATION_VALIDATE,
+    FRAME_EVALUATION_START,
 
     FRAME_HELLO = 64,
     FRAME_STATUS,
@@ -135,6 +149,7 @@ enum frame_type {
     FRAME_JOB_ENDED,
     FRAME_FAULT,
     FRAME_JOB_PLANNED,
+    FRAME_EVALUATION_RESULTS,
 };
 
 struct frame {

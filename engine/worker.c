@@ -292,6 +292,8 @@ static void dispatch(struct worker *worker, struct frame *frame)
         if (!worker_job_plan(worker, frame->id, payload, true))
             status = put_off(worker, frame, &error);
         break;
+    case FRAME_EVALUATION_VALIDATE:
+    case FRAME_EVALUATION_START:
     case FRAME_JOB_VALIDATE:
     case FRAME_JOB_START:
     case FRAME_JOB_STOP:
@@ -328,6 +330,10 @@ static bool handle_waiting(struct worker *worker)
         worker_job_plan(worker, frame->id, frame->payload, false);
     else if (frame->type == FRAME_JOB_STOP && !stop_waiting(worker, frame->payload))
         worker_job_stop(worker, frame->payload);
+    else if (frame->type == FRAME_EVALUATION_VALIDATE)
+        worker_evaluation_validate(worker, frame->id, frame->payload);
+    else if (frame->type == FRAME_EVALUATION_START)
+        worker_evaluation_start(worker, frame->payload);
     else if (frame->type == FRAME_SHUTDOWN)
         worker->shutdown = true;
     free_waiting(waiting);
@@ -462,7 +468,8 @@ static int milliseconds_to_heartbeat(const struct worker *worker)
 static int run_loop(struct worker *worker)
 {
     for (;;) {
-        bool busy = worker->job.trainer || worker->waiting_first || !loaded_models_idle(&worker->models);
+        bool busy = worker->job.trainer || worker->evaluation || worker->waiting_first ||
+                    !loaded_models_idle(&worker->models);
         if (!busy)
             worker_stream_wait(&worker->stream, milliseconds_to_heartbeat(worker));
         int status = pump(worker);
@@ -473,6 +480,9 @@ static int run_loop(struct worker *worker)
         if (!status && worker->job.trainer) {
             worker_job_advance(worker);
             status = worker->job.trainer ? generate_in_turn(worker) : pump(worker);
+        } else if (!status && worker->evaluation) {
+            worker_evaluation_advance(worker);
+            status = worker->evaluation ? generate_in_turn(worker) : pump(worker);
         } else if (!status) {
             generate(worker);
         }
@@ -539,6 +549,7 @@ static void send_hello(struct worker *worker)
 static void close_worker(struct worker *worker)
 {
     worker_job_abandon(worker);
+    worker_evaluation_abandon(worker);
     loaded_models_free(&worker->models);
     worker_stream_drain(&worker->stream, DRAIN_MS);
     while (worker->waiting_first)
@@ -575,9 +586,10 @@ int worker_run(const struct worker_options *options)
     send_hello(&worker);
     log_write(LOG_INFO, "worker ready", "device", worker.device_info.name, NULL);
     status = run_loop(&worker);
-    if (!status)
+    if (!status) {
         worker_job_pause(&worker);
-    else if (worker.fault.code)
+        worker_evaluation_stop(&worker, NULL, 0, "paused");
+    } else if (worker.fault.code)
         send_fault(&worker);
     else
         log_write(LOG_WARN, "the worker ends", "reason", worker.stream.error.message, NULL);

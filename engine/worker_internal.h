@@ -8,7 +8,8 @@
 #include "engine/worker_models.h"
 #include "engine/worker_stream.h"
 
-struct completion; /* a COMPLETE that is not over: worker_completions.c */
+struct completion;        /* a COMPLETE that is not over: worker_completions.c */
+struct worker_evaluation; /* worker_evaluation.c */
 
 /* The fine-tuning job that runs here, if trainer is set. */
 struct worker_job {
@@ -37,6 +38,7 @@ struct worker {
     struct loaded_models models;
     struct completion *completions;
     struct worker_job job;
+    struct worker_evaluation *evaluation; /* that runs here, or NULL; never beside a job */
     struct waiting_frame *waiting_first, *waiting_last;
     int64_t heartbeat_ms, next_heartbeat_ms;
     /* While a job trains: the time generation may take before training has its turn again, and since when
@@ -74,6 +76,22 @@ void worker_job_advance(struct worker *worker);
 void worker_job_pause(struct worker *worker);
 /* Drop it without a word: the process ends. */
 void worker_job_abandon(struct worker *worker);
+
+/* worker_evaluation.c. Not from inside a trainer call. */
+void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t *payload);
+void worker_evaluation_start(struct worker *worker, const json_t *payload);
+/* End it as this status if it is of that name and attempt; whatever it is where name is NULL. */
+void worker_evaluation_stop(struct worker *worker, const char *name, int64_t attempt, const char *status);
+/* One batch. */
+void worker_evaluation_advance(struct worker *worker);
+/* Drop it without a word: the process ends. */
+void worker_evaluation_abandon(struct worker *worker);
+
+/* worker_job.c: {"job","attempt"} with the members of `more` (stolen); NULL when out of memory. */
+json_t *worker_job_address(const char *name, int64_t attempt, json_t *more);
+/* JOB_ENDED's members behind the address. folder is stolen; error may be NULL. */
+json_t *worker_job_end(const char *status, bool resumable, json_t *folder, int64_t trained_tokens,
+                       int64_t step, const struct error *error);
 
 /* worker.c: what waits is served between the layers of a micro-batch. */
 void worker_yield(void *worker);

@@ -62,8 +62,7 @@ static json_t *address(const char *name, int64_t attempt)
     return json_pack("{s:o, s:I}", "job", frame_text(name, strlen(name)), "attempt", (json_int_t)attempt);
 }
 
-/* Merge `more` (stolen) into an addressed payload; NULL when out of memory. */
-static json_t *addressed(const char *name, int64_t attempt, json_t *more)
+json_t *worker_job_address(const char *name, int64_t attempt, json_t *more)
 {
     json_t *payload = address(name, attempt);
     int failed = !more || json_object_update(payload, more);
@@ -160,25 +159,26 @@ void worker_job_validate(struct worker *worker, uint64_t id, const json_t *paylo
         json_t *more = frame_error_payload(&error);
         json_object_set_new(more, "lines", encode_bad_lines(&bad));
         worker_stream_send(&worker->stream, FRAME_JOB_INVALID, id,
-                           addressed(order.name, order.attempt, more));
+                           worker_job_address(order.name, order.attempt, more));
         return;
     }
     worker_stream_send(
         &worker->stream, FRAME_JOB_VALIDATED, id,
-        addressed(order.name, order.attempt,
-                  json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "examples", (json_int_t)inspection.examples,
-                            "tokens", (json_int_t)inspection.tokens, "loss_tokens",
-                            (json_int_t)inspection.loss_tokens, "validation_examples",
-                            (json_int_t)inspection.validation_examples, "total_steps",
-                            (json_int_t)inspection.total_steps, "planned_bytes",
-                            (json_int_t)inspection.planned_bytes)));
+        worker_job_address(order.name, order.attempt,
+                           json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "examples",
+                                     (json_int_t)inspection.examples, "tokens", (json_int_t)inspection.tokens,
+                                     "loss_tokens", (json_int_t)inspection.loss_tokens, "validation_examples",
+                                     (json_int_t)inspection.validation_examples, "total_steps",
+                                     (json_int_t)inspection.total_steps, "planned_bytes",
+                                     (json_int_t)inspection.planned_bytes)));
 }
 
 /* ---- reports of the running job ---- */
 
 static void send_job(struct worker *worker, enum frame_type type, json_t *more)
 {
-    worker_stream_send(&worker->stream, type, 0, addressed(worker->job.name, worker->job.attempt, more));
+    worker_stream_send(&worker->stream, type, 0,
+                       worker_job_address(worker->job.name, worker->job.attempt, more));
 }
 
 static void on_message(void *arg, const char *level, const char *text)
@@ -234,12 +234,12 @@ static void on_checkpoint_dropped(void *arg, int64_t step)
 
 /* ---- its life ---- */
 
-static json_t *encode_end(const char *status, bool resumable, json_t *folder,
-                          const struct trainer_status *progress, const struct error *error)
+json_t *worker_job_end(const char *status, bool resumable, json_t *folder, int64_t trained_tokens,
+                       int64_t step, const struct error *error)
 {
     return json_pack("{s:s, s:b, s:o, s:I, s:I, s:o}", "status", status, "resumable", (int)resumable,
-                     "folder", folder, "trained_tokens", (json_int_t)progress->trained_tokens, "step",
-                     (json_int_t)progress->step, "error", error ? frame_error_payload(error) : json_null());
+                     "folder", folder, "trained_tokens", (json_int_t)trained_tokens, "step", (json_int_t)step,
+                     "error", error ? frame_error_payload(error) : json_null());
 }
 
 void worker_job_abandon(struct worker *worker)
@@ -265,8 +265,9 @@ static void end_job(struct worker *worker, const char *status, bool resumable, b
         trainer_status(job->trainer, &progress);
     if (with_adapter)
         folder = json_sprintf("%s/adapter", job->folder);
-    json_t *payload =
-        addressed(job->name, job->attempt, encode_end(status, resumable, folder, &progress, error));
+    json_t *payload = worker_job_address(
+        job->name, job->attempt,
+        worker_job_end(status, resumable, folder, progress.trained_tokens, progress.step, error));
     log_write(error ? LOG_WARN : LOG_INFO, "job ended", "job", job->name, "status", status, "reason",
               error ? error->message : NULL, NULL);
     worker_job_abandon(worker);
@@ -289,10 +290,9 @@ static void fail_job(struct worker *worker, const struct error *error)
 static void refuse_job(struct worker *worker, const struct job_order *order, const char *status,
                        const struct error *error)
 {
-    const struct trainer_status none = {0};
-    worker_stream_send(
-        &worker->stream, FRAME_JOB_ENDED, 0,
-        addressed(order->name, order->attempt, encode_end(status, false, json_null(), &none, error)));
+    worker_stream_send(&worker->stream, FRAME_JOB_ENDED, 0,
+                       worker_job_address(order->name, order->attempt,
+                                          worker_job_end(status, false, json_null(), 0, 0, error)));
 }
 
 bool worker_job_start(struct worker *worker, const json_t *payload)
@@ -304,8 +304,8 @@ bool worker_job_start(struct worker *worker, const json_t *payload)
         log_write(LOG_ERROR, "a job that cannot be addressed", "reason", error.message, NULL);
         return true;
     }
-    if (job->trainer) {
-        error_set(&error, ERROR_BUSY, "this worker already runs job %s", job->name);
+    if (job->trainer || worker->evaluation) {
+        error_set(&error, ERROR_BUSY, "this worker already runs another job");
         refuse_job(worker, &order, "failed", &error);
         return true;
     }
@@ -382,6 +382,8 @@ void worker_job_stop(struct worker *worker, const json_t *payload)
         log_write(LOG_ERROR, "a stop that cannot be understood", "reason", error.message, NULL);
         return;
     }
+    worker_evaluation_stop(worker, order.name, order.attempt,
+                           strcmp(reason, "pause") ? "cancelled" : "paused");
     /* Another one, or an attempt that has ended: its JOB_ENDED is on the way. */
     if (!worker->job.trainer || strcmp(worker->job.name, order.name) || worker->job.attempt != order.attempt)
         return;

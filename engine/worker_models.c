@@ -214,6 +214,23 @@ int loaded_models_get_adapter(struct loaded_models *models, struct loaded_model 
     return 0;
 }
 
+static void hold_adapter(struct loaded_model *model, const struct adapter *held, int32_t change)
+{
+    for (struct loaded_adapter *adapter = model->adapters; adapter; adapter = adapter->next)
+        if (adapter->adapter == held)
+            adapter->n_holders += change;
+}
+
+void loaded_models_hold_adapter(struct loaded_model *model, const struct adapter *adapter)
+{
+    hold_adapter(model, adapter, 1);
+}
+
+void loaded_models_release_adapter(struct loaded_model *model, const struct adapter *adapter)
+{
+    hold_adapter(model, adapter, -1);
+}
+
 void loaded_models_forget_model(struct loaded_models *models, const char *id)
 {
     for (struct loaded_model *model = models->first; model; model = model->next)
@@ -235,7 +252,8 @@ static struct loaded_adapter **find_dispensable(struct loaded_model *model)
     bool crowded = model->n_adapters > MAX_IDLE_ADAPTERS;
     struct loaded_adapter **oldest = NULL;
     for (struct loaded_adapter **at = &model->adapters; *at; at = &(*at)->next) {
-        if ((!crowded && !(*at)->forgotten) || generator_uses(model->generator, (*at)->adapter))
+        if ((!crowded && !(*at)->forgotten) || (*at)->n_holders ||
+            generator_uses(model->generator, (*at)->adapter))
             continue;
         if ((*at)->forgotten)
             return at;

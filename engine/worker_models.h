@@ -16,7 +16,8 @@ struct loaded_adapter {
     char *id, *path;
     struct adapter *adapter;
     uint64_t used_at;
-    bool forgotten; /* freed once nothing uses it */
+    int32_t n_holders; /* evaluations of it */
+    bool forgotten;    /* freed once nothing uses it */
 };
 
 struct loaded_model {
@@ -27,7 +28,7 @@ struct loaded_model {
     struct generator *generator;
     struct loaded_adapter *adapters;
     int32_t n_adapters;
-    int32_t n_holders; /* jobs that train on it */
+    int32_t n_holders; /* jobs that train on it, evaluations */
     double load_seconds;
     int64_t device_bytes; /* that loading it has taken: weights, generator */
     bool forgotten;
@@ -52,6 +53,9 @@ int loaded_models_get(struct loaded_models *models, const struct named_folder *n
 int loaded_models_get_adapter(struct loaded_models *models, struct loaded_model *model,
                               const struct named_folder *name, const struct adapter **ret_adapter,
                               struct error *error);
+/* An adapter that loaded_models_get_adapter() gave stays while it is held. */
+void loaded_models_hold_adapter(struct loaded_model *model, const struct adapter *adapter);
+void loaded_models_release_adapter(struct loaded_model *model, const struct adapter *adapter);
 /* Free every model that nothing uses. Returns whether there was one. Not from a generator's callback. */
 bool loaded_models_make_room(struct loaded_models *models);
 /* New requests will load it again; those under way keep it. */

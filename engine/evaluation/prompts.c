@@ -129,6 +129,26 @@ const char *prompts_pool_file(const struct prompts *prompts)
     return prompts->pool ? prompts->pool->file : NULL;
 }
 
+static int check_documents(const struct prompts *prompts, const struct task_documents *from, int64_t count,
+                           struct error *error)
+{
+    for (int64_t i = 0; i < count; i++) {
+        struct task_text text;
+        if (task_render(prompts->task, from->documents.items[i].fields, &text, error))
+            return at_document(from, i, error);
+        task_text_free(&text);
+    }
+    return 0;
+}
+
+int prompts_check(const struct prompts *prompts, struct error *error)
+{
+    int status = check_documents(prompts, &prompts->tested, prompts->count, error);
+    if (!status && prompts->pool)
+        status = check_documents(prompts, prompts->pool, prompts->pool->documents.count, error);
+    return status;
+}
+
 /* ---- examples ---- */
 
 static const json_t *pool_document(const struct prompts *prompts, int64_t index)

@@ -38,7 +38,7 @@ void example_free(struct example *example);
 
 struct prompts;
 
-/* Reads the documents. task, tokenizer and source outlive the call; task and tokenizer the prompts too. */
+/* Reads the documents. tokenizer may be NULL where only prompts_check() follows. task, tokenizer and source outlive the call; task and tokenizer the prompts too. */
 int prompts_open(const struct task *task, int subtask, const struct prompt_options *options,
                  const struct task_source *source, const struct tokenizer *tokenizer,
                  struct prompts **ret_prompts, struct error *error);
@@ -46,6 +46,8 @@ void prompts_free(struct prompts *prompts);
 int64_t prompts_count(const struct prompts *prompts);
 /* The file that examples come from, as the definition calls it; NULL at 0 shots. */
 const char *prompts_pool_file(const struct prompts *prompts);
+/* Render every document, and the whole pool, without taking a step. */
+int prompts_check(const struct prompts *prompts, struct error *error);
 /* The requests of the next document; ret_example may be NULL: it is passed by. Errors name file and line. */
 int prompts_next(struct prompts *prompts, struct example *ret_example, struct error *error);
 

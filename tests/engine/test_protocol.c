@@ -116,7 +116,7 @@ static void test_what_is_no_frame_is_corrupt(void **state)
     } cases[] = {
         {2, FRAME_DONE, 1, "{}"},                      /* the zero is not */
         {2, 0, 0, "{}"},                               /* no such type */
-        {2, FRAME_JOB_PLAN + 1, 0, "{}"},              /* nor this */
+        {2, FRAME_EVALUATION_START + 1, 0, "{}"},      /* nor this */
         {2, 999, 0, "{}"},                             /* nor this */
         {PROTOCOL_MAX_PAYLOAD + 1, FRAME_DONE, 0, ""}, /* too long, known before it arrives */
         {2, FRAME_DONE, 0, "[]"},                      /* no object */
