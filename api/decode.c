@@ -1,6 +1,7 @@
 /* decode.c: see decode.h. Any thread. */
 #include "api/decode.h"
 
+#include "api/text.h"
 #include "base/buffer.h"
 
 #include <inttypes.h>
@@ -164,5 +165,27 @@ int decode_only(const struct decoder *decoder, const char *const *names, size_t 
         return problem_set(decoder->problem, 400, "unknown_parameter", param, "Unknown parameter: %s.",
                            param);
     }
+    return 0;
+}
+
+int decode_metadata(const struct decoder *body, json_t **ret_metadata)
+{
+    json_t *metadata = NULL;
+    if (decode_object(body, "metadata", &metadata))
+        return -1;
+    if (json_object_size(metadata) > 16)
+        return decode_refuse(body, "metadata", "may hold at most 16 pairs; it has %zu.",
+                             json_object_size(metadata));
+    const char *key;
+    json_t *value;
+    json_object_foreach(metadata, key, value)
+    {
+        if (!*key || text_count(key, strlen(key)) > 64)
+            return decode_refuse(body, "metadata", "keys must be 1 to 64 characters long.");
+        if (!json_is_string(value) || text_count(json_string_value(value), json_string_length(value)) > 512)
+            return decode_refuse(body, "metadata",
+                                 "the value of \"%.64s\" must be a string of at most 512 characters.", key);
+    }
+    *ret_metadata = metadata;
     return 0;
 }

@@ -40,5 +40,7 @@ int decode_only(const struct decoder *decoder, const char *const *names, size_t 
 bool decode_name_in(const char *name, const char *const *names, size_t count);
 /* Is it an integer, or a real that is one? */
 bool decode_as_integer(const json_t *json, int64_t *value);
+/* The object "metadata": at most 16 pairs, keys of 64, values of 512 characters. */
+int decode_metadata(const struct decoder *decoder, json_t **ret_metadata);
 
 #endif

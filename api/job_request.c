@@ -356,28 +356,6 @@ static json_t *hyperparameters_decode(const struct sources *sources, bool has_va
 
 /* ---- the rest of the body ---- */
 
-static int metadata_check(const struct decoder *body, json_t **ret_metadata)
-{
-    json_t *metadata = NULL;
-    if (decode_object(body, "metadata", &metadata))
-        return -1;
-    if (json_object_size(metadata) > 16)
-        return decode_refuse(body, "metadata", "may hold at most 16 pairs; it has %zu.",
-                             json_object_size(metadata));
-    const char *key;
-    json_t *value;
-    json_object_foreach(metadata, key, value)
-    {
-        if (!*key || text_count(key, strlen(key)) > 64)
-            return decode_refuse(body, "metadata", "keys must be 1 to 64 characters long.");
-        if (!json_is_string(value) || text_count(json_string_value(value), json_string_length(value)) > 512)
-            return decode_refuse(body, "metadata",
-                                 "the value of \"%.64s\" must be a string of at most 512 characters.", key);
-    }
-    *ret_metadata = metadata;
-    return 0;
-}
-
 static int suffix_check(const struct decoder *body, const char *suffix)
 {
     static const char allowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.";
@@ -410,7 +388,7 @@ int job_request_decode(const json_t *json, struct job_request *ret_request, stru
     if (decode_string(&body, "validation_file", ID_BYTES - 1, &validation_file) ||
         decode_string(&body, "suffix", 256, &suffix) || suffix_check(&body, suffix) ||
         decode_integer(&body, "seed", 0, INT64_C(9007199254740991), &seed) ||
-        metadata_check(&body, &metadata))
+        decode_metadata(&body, &metadata))
         return -1;
     const json_t *integrations = decode_get(&body, "integrations");
     if (integrations && !(json_is_array(integrations) && !json_array_size(integrations)))

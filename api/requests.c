@@ -75,10 +75,8 @@ int body_decode(const char *body, size_t length, json_t **ret_object, struct pro
 static const struct {
     int64_t fallback, max;
 } list_limits[] = {
-    [LIST_FILES] = {10000, 10000},
-    [LIST_JOBS] = {20, 100},
-    [LIST_EVENTS] = {20, 100},
-    [LIST_CHECKPOINTS] = {10, 100},
+    [LIST_FILES] = {10000, 10000}, [LIST_JOBS] = {20, 100},        [LIST_EVALUATIONS] = {20, 100},
+    [LIST_EVENTS] = {20, 100},     [LIST_CHECKPOINTS] = {10, 100},
 };
 
 static int limit_decode(const char *value, int64_t max, int64_t *ret_limit, struct problem *problem)
@@ -117,7 +115,8 @@ static int metadata_filter_decode(const char *argument, const char *value, json_
 int list_query_decode(enum list_kind kind, const struct query_argument *arguments, size_t count,
                       struct list_query *ret_query, struct problem *problem)
 {
-    struct list_query query = {.limit = list_limits[kind].fallback};
+    struct list_query query = {.limit = list_limits[kind].fallback,
+                               .job_kind = kind == LIST_EVALUATIONS ? JOB_EVALUATION : JOB_FINE_TUNING};
     for (size_t i = 0; i < count; i++) {
         const char *key = arguments[i].key, *value = arguments[i].value;
         int failed = 0;
@@ -137,7 +136,8 @@ int list_query_decode(enum list_kind kind, const struct query_argument *argument
                 failed = problem_set(problem, 400, "invalid_value", "purpose",
                                      "purpose: no purpose is like that.");
             snprintf(query.purpose, sizeof query.purpose, "%s", value);
-        } else if (!strncmp(key, "metadata[", strlen("metadata[")) && kind == LIST_JOBS) {
+        } else if (!strncmp(key, "metadata[", strlen("metadata[")) &&
+                   (kind == LIST_JOBS || kind == LIST_EVALUATIONS)) {
             failed = metadata_filter_decode(key, value, &query.metadata, problem);
         } else if (!strcmp(key, "stream") && kind == LIST_EVENTS) {
             query.stream = !strcmp(value, "true") || !strcmp(value, "1");

@@ -22,13 +22,14 @@ struct list_query {
     char after[MODEL_ID_BYTES]; /* "" = from the start */
     int64_t limit;              /* 1..100 for jobs, events, checkpoints; 1..10000 for files */
     bool ascending;
-    char purpose[32]; /* files; "" = any */
-    json_t *metadata; /* jobs: wanted pairs (metadata[k]=v), or NULL; json_decref */
-    bool stream;      /* events */
+    char purpose[32];       /* files; "" = any */
+    enum job_kind job_kind; /* jobs */
+    json_t *metadata;       /* jobs: wanted pairs (metadata[k]=v), or NULL; json_decref */
+    bool stream;            /* events */
 };
 /* value(arg, key) gives one query argument or NULL. Each kind has OpenAI's default limit (jobs and events 20,
  * checkpoints 10, files 10000) and order (newest first). */
-enum list_kind { LIST_FILES, LIST_JOBS, LIST_EVENTS, LIST_CHECKPOINTS };
+enum list_kind { LIST_FILES, LIST_JOBS, LIST_EVALUATIONS, LIST_EVENTS, LIST_CHECKPOINTS };
 struct query_argument {
     const char *key, *value;
 };
@@ -49,6 +50,20 @@ struct job_request {
  * either are merged; a key given twice with different values, and an unknown one, is refused by name. */
 int job_request_decode(const json_t *body, struct job_request *ret_request, struct problem *problem);
 void job_request_free(struct job_request *request);
+
+/* ---- evaluations ---- */
+enum { EVALUATION_MAX_MODELS = 64, EVALUATION_MAX_TASKS = 256, EVALUATION_MAX_SHOT_COUNTS = 16 };
+struct evaluation_request {
+    json_t *metadata; /* as a job's */
+    uint64_t seed;
+    /* {"models": [id...],"tasks": [name or file id...],"num_fewshot": [n...],"limit": n|null,"max_length": n|null,
+     * "share": bool}, all there */
+    json_t *settings;
+};
+/* model and models, num_fewshot: one or a list. */
+int evaluation_request_decode(const json_t *body, struct evaluation_request *ret_request,
+                              struct problem *problem);
+void evaluation_request_free(struct evaluation_request *request);
 
 /* ---- files ---- */
 /* Checks one multipart upload's fields once they are all known. now: seconds since 1970. */

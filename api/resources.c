@@ -1,6 +1,7 @@
 /* resources.c: see resources.h. Any thread. */
 #include "api/resources.h"
 
+#include "api/encode.h"
 #include "api/text.h"
 
 #include <math.h>
@@ -9,18 +10,18 @@
 #include <string.h>
 
 /* jansson has no NaN: a number that is not known, or that diverged, is null. */
-static json_t *number_or_null(double value)
+json_t *encode_number(double value)
 {
     return isfinite(value) ? json_real(value) : json_null();
 }
 
-static json_t *time_or_null(int64_t seconds)
+json_t *encode_time(int64_t seconds)
 {
     return seconds ? json_integer(seconds) : json_null();
 }
 
 /* Text that the store keeps as JSON; null when there is none. */
-static json_t *stored_json(const char *text)
+json_t *encode_stored(const char *text)
 {
     return text ? json_loads(text, 0, NULL) : json_null();
 }
@@ -29,9 +30,14 @@ json_t *file_encode(const struct file_resource *file)
 {
     return json_pack("{s:o, s:s, s:I, s:I, s:o, s:o, s:s, s:s, s:o}", "id", text_json(file->id), "object",
                      "file", "bytes", (json_int_t)file->bytes, "created_at", (json_int_t)file->created_at,
-                     "expires_at", time_or_null(file->expires_at), "filename", text_json(file->filename),
+                     "expires_at", encode_time(file->expires_at), "filename", text_json(file->filename),
                      "purpose", file->purpose, "status", file->status, "status_details",
                      text_json_or_null(file->status_details));
+}
+
+const char *job_kind_name(enum job_kind kind)
+{
+    return kind == JOB_EVALUATION ? "evaluation" : "fine_tuning";
 }
 
 static const char *const status_names[JOB_STATUS_COUNT] = {
@@ -70,7 +76,7 @@ void job_free(struct job_resource *job)
     job->metadata = NULL;
 }
 
-static json_t *job_error_encode(const struct job_resource *job)
+json_t *encode_job_error(const struct job_resource *job)
 {
     if (!job->error_code[0])
         return json_null();
@@ -88,25 +94,25 @@ static json_t *job_progress_encode(const struct job_resource *job)
     return json_pack(
         "{s:I, s:o, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o, s:o}", "step", (json_int_t)job->step,
         "total_steps", job->total_steps ? json_integer(job->total_steps) : json_null(), "tokens_per_second",
-        number_or_null(job->tokens_per_second), "loss", number_or_null(job->loss), "eta_seconds",
-        number_or_null(job->eta_seconds), "skipped_steps", (json_int_t)job->skipped_steps,
+        encode_number(job->tokens_per_second), "loss", encode_number(job->loss), "eta_seconds",
+        encode_number(job->eta_seconds), "skipped_steps", (json_int_t)job->skipped_steps,
         "planned_memory_bytes", bytes_or_null(job->planned_memory_bytes), "peak_memory_bytes",
         bytes_or_null(job->peak_memory_bytes), "bytes_per_token",
-        job->peak_memory_bytes ? number_or_null(job->bytes_per_token) : json_null(), "queue_position",
+        job->peak_memory_bytes ? encode_number(job->bytes_per_token) : json_null(), "queue_position",
         job->queue_position >= 0 ? json_integer(job->queue_position) : json_null(), "device",
         text_json_or_null(job->device));
 }
 
 json_t *job_encode(const struct job_resource *job, const char *organization, int64_t now)
 {
-    json_t *hyperparameters = stored_json(job->hyperparameters);
+    json_t *hyperparameters = encode_stored(job->hyperparameters);
     bool has_estimate = job->status == JOB_RUNNING && isfinite(job->eta_seconds) && job->eta_seconds >= 0 &&
                         job->eta_seconds < 1e9;
     /* json_pack gives up (and drops what it was handed) when one of its values is NULL: out of memory. */
     json_t *json = json_pack(
         "{s:o, s:s, s:I, s:o, s:o, s:o, s:o, s:o}", "id", text_json(job->id), "object", "fine_tuning.job",
-        "created_at", (json_int_t)job->created_at, "started_at", time_or_null(job->started_at), "finished_at",
-        time_or_null(job->finished_at), "model", text_json(job->model), "fine_tuned_model",
+        "created_at", (json_int_t)job->created_at, "started_at", encode_time(job->started_at), "finished_at",
+        encode_time(job->finished_at), "model", text_json(job->model), "fine_tuned_model",
         text_json_or_null(job->fine_tuned_model), "organization_id", text_json(organization));
     json_t *more = json_pack(
         "{s:s, s:o, s:o, s:o, s:o, s:O, s:{s:s, s:{s:O}}, s:I, s:o, s:o, s:o, s:[], s:o}", "status",
@@ -115,9 +121,9 @@ json_t *job_encode(const struct job_resource *job, const char *organization, int
         job->trained_tokens >= 0 ? json_integer(job->trained_tokens) : json_null(), "training_file",
         text_json(job->training_file), "validation_file", text_json_or_null(job->validation_file),
         "hyperparameters", hyperparameters, "method", "type", "supervised", "supervised", "hyperparameters",
-        hyperparameters, "seed", (json_int_t)job->seed, "metadata", stored_json(job->metadata),
+        hyperparameters, "seed", (json_int_t)job->seed, "metadata", encode_stored(job->metadata),
         "estimated_finish", has_estimate ? json_integer(now + (int64_t)ceil(job->eta_seconds)) : json_null(),
-        "error", job_error_encode(job), "integrations", "progress", job_progress_encode(job));
+        "error", encode_job_error(job), "integrations", "progress", job_progress_encode(job));
     if (json && (!more || json_object_update(json, more))) {
         json_decref(json);
         json = NULL;
@@ -139,10 +145,12 @@ json_t *event_encode(const struct event_resource *event)
 {
     char id[40];
     snprintf(id, sizeof id, "ftevent-%lld", (long long)event->sequence);
-    return json_pack("{s:s, s:s, s:I, s:s, s:o, s:s, s:o}", "id", id, "object", "fine_tuning.job.event",
-                     "created_at", (json_int_t)event->created_at, "level", event->level, "message",
+    const bool evaluation = !strncmp(event->job, "eval-", strlen("eval-"));
+    return json_pack("{s:s, s:s, s:I, s:s, s:o, s:s, s:o}", "id", id, "object",
+                     evaluation ? "evaluation.event" : "fine_tuning.job.event", "created_at",
+                     (json_int_t)event->created_at, "level", event->level, "message",
                      text_json(event->message ? event->message : ""), "type", event->type, "data",
-                     stored_json(event->data));
+                     encode_stored(event->data));
 }
 
 json_t *checkpoint_encode(const struct checkpoint_resource *checkpoint)
@@ -154,11 +162,11 @@ json_t *checkpoint_encode(const struct checkpoint_resource *checkpoint)
                      (json_int_t)checkpoint->created_at, "fine_tuned_model_checkpoint",
                      text_json(checkpoint->model), "fine_tuning_job_id", text_json(checkpoint->job),
                      "step_number", (json_int_t)checkpoint->step, "metrics", "step",
-                     (json_int_t)checkpoint->step, "train_loss", number_or_null(checkpoint->train_loss),
-                     "train_mean_token_accuracy", number_or_null(checkpoint->train_accuracy), "valid_loss",
-                     number_or_null(valid_loss), "valid_mean_token_accuracy", number_or_null(valid_accuracy),
-                     "full_valid_loss", number_or_null(valid_loss), "full_valid_mean_token_accuracy",
-                     number_or_null(valid_accuracy));
+                     (json_int_t)checkpoint->step, "train_loss", encode_number(checkpoint->train_loss),
+                     "train_mean_token_accuracy", encode_number(checkpoint->train_accuracy), "valid_loss",
+                     encode_number(valid_loss), "valid_mean_token_accuracy", encode_number(valid_accuracy),
+                     "full_valid_loss", encode_number(valid_loss), "full_valid_mean_token_accuracy",
+                     encode_number(valid_accuracy));
 }
 
 json_t *model_encode(const struct model_resource *model)

@@ -39,8 +39,14 @@ const char *job_status_name(enum job_status status); /* "validating_files" ... *
 int job_status_from_name(const char *name);          /* -1 when unknown */
 bool job_status_is_final(enum job_status status);
 
+enum job_kind { JOB_FINE_TUNING, JOB_EVALUATION };
+const char *job_kind_name(enum job_kind kind); /* "fine_tuning", "evaluation" */
+
+/* A fine-tuning job or an evaluation. Of an evaluation: `model` is the first one, `hyperparameters` is what it evaluates
+ * (api/requests.h's evaluation_request), steps are examples; files, loss and names of models stay empty. */
 struct job_resource {
-    char id[ID_BYTES];                           /* "ftjob-..." */
+    enum job_kind kind;
+    char id[ID_BYTES];                           /* "ftjob-...", "eval-..." */
     int64_t created_at, started_at, finished_at; /* 0 -> null */
     char model[MODEL_ID_BYTES];                  /* the base */
     char fine_tuned_model[MODEL_ID_BYTES];
@@ -67,8 +73,8 @@ void job_free(struct job_resource *job); /* what it owns, not the struct */
 json_t *job_encode(const struct job_resource *job, const char *organization, int64_t now);
 
 struct event_resource {
-    int64_t sequence; /* grows with time, unique in the daemon; the id is "ftevent-SEQUENCE" */
-    char job[ID_BYTES];
+    int64_t sequence;   /* grows with time, unique in the daemon; the id is "ftevent-SEQUENCE" */
+    char job[ID_BYTES]; /* "eval-..." = an evaluation's */
     int64_t created_at;
     char level[8]; /* info | warn | error */
     char type[8];  /* message | metrics */
@@ -86,6 +92,27 @@ struct checkpoint_resource {
     double train_loss, train_accuracy, valid_loss, valid_accuracy; /* NaN -> null */
 };
 json_t *checkpoint_encode(const struct checkpoint_resource *checkpoint);
+
+/* ---- evaluations ---- */
+/* A model on a task at a number of shots, and its sums over the examples scored so far. */
+struct evaluation_unit_resource {
+    char model[MODEL_ID_BYTES];
+    char precision[16];
+    char task[128], parent[64], group[64]; /* parent: the definition's task; group: a subtask's, or "" */
+    int64_t num_fewshot;
+    char metrics[64]; /* names with a space between: acc, acc_norm, perplexity */
+    char pool[256];   /* the file that examples came from, or "" */
+    int64_t tokens, tokens_run;
+    double seconds;
+    int64_t n, acc, acc_norm;                      /* examples, right ones, right ones by length */
+    double log_likelihood, log_likelihood_squared; /* sums */
+};
+/* The resource. units may be NULL: then "results" is null. */
+json_t *evaluation_encode(const struct job_resource *job, const struct evaluation_unit_resource *units,
+                          size_t count, int64_t now);
+/* The paper's table (evaluation_report.c says what is in it). */
+json_t *evaluation_report_encode(const struct job_resource *job, const struct evaluation_unit_resource *units,
+                                 size_t count);
 
 /* ---- models ---- */
 struct model_resource {

@@ -52,6 +52,10 @@ static const struct setting {
     {"models-dir", "ADDER_MODELS_DIR", "DIR", "models", set_folders, 0, 0, 0, NULL,
      "each folder in it is a model, its id the folder's name; may be given again "
      "(in the variable: separated by colons)"},
+    {"tasks-dir", "ADDER_TASKS_DIR", "DIR", "tasks", set_text, offsetof(struct config, tasks_dir), 0, 0, NULL,
+     "definitions of evaluation tasks, NAME.json each"},
+    {"eval-data-dir", "ADDER_EVAL_DATA_DIR", "DIR", NULL, set_text, offsetof(struct config, eval_data_dir), 0,
+     0, "none", "documents of evaluation tasks; uploaded files of the same names come first"},
     {"device", "ADDER_DEVICE", "DEVICE", "auto", set_devices, 0, 0, 0, NULL,
      "cpu, cuda:N, or auto (every GPU, else the CPU); a worker each; may be given again "
      "or separated by commas"},

@@ -17,6 +17,8 @@ struct config {
     const char *data_dir;
     const char *models_dirs[CONFIG_MAX_FOLDERS];
     int n_models_dirs;
+    const char *tasks_dir;                   /* definitions of evaluation tasks */
+    const char *eval_data_dir;               /* their documents, or NULL */
     const char *devices[CONFIG_MAX_DEVICES]; /* "cpu", "cuda:N", "auto" */
     int n_devices;
     const char *default_model; /* or NULL */

@@ -3,6 +3,7 @@
 
 #include "daemon/reply.h"
 
+#include <string.h>
 #include <time.h>
 
 typedef void (*handler)(struct server *server, struct http_request *request);
@@ -24,6 +25,15 @@ static const struct {
     [ENDPOINT_JOB_RESUME] = {handle_job_resume, HTTP_BODY_NONE},
     [ENDPOINT_JOB_EVENTS] = {handle_job_events, HTTP_BODY_NONE},
     [ENDPOINT_JOB_CHECKPOINTS] = {handle_job_checkpoints, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_CREATE] = {handle_evaluation_create, HTTP_BODY_JSON},
+    [ENDPOINT_EVALUATION_LIST] = {handle_evaluation_list, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_GET] = {handle_evaluation_get, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_CANCEL] = {handle_job_cancel, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_PAUSE] = {handle_job_pause, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_RESUME] = {handle_job_resume, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_EVENTS] = {handle_job_events, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_RESULTS] = {handle_evaluation_results, HTTP_BODY_NONE},
+    [ENDPOINT_EVALUATION_REPORT] = {handle_evaluation_report, HTTP_BODY_NONE},
     [ENDPOINT_MODEL_LIST] = {handle_model_list, HTTP_BODY_NONE},
     [ENDPOINT_MODEL_GET] = {handle_model_get, HTTP_BODY_NONE},
     [ENDPOINT_MODEL_DELETE] = {handle_model_delete, HTTP_BODY_NONE},
@@ -57,6 +67,17 @@ int handlers_admit(void *arg, struct http_request *request, enum http_body *ret_
     return 0;
 }
 
+/* Fine-tuning jobs and evaluations are kept alike, but neither is found where the other is asked for. */
+static bool is_of_other_kind(const struct route *route)
+{
+    const bool of_evaluation = !strncmp(route->id, "eval-", 5);
+    if (route->endpoint >= ENDPOINT_JOB_GET && route->endpoint <= ENDPOINT_JOB_CHECKPOINTS)
+        return of_evaluation;
+    if (route->endpoint >= ENDPOINT_EVALUATION_GET && route->endpoint <= ENDPOINT_EVALUATION_REPORT)
+        return !of_evaluation;
+    return false;
+}
+
 void handlers_handle(void *arg, struct http_request *request)
 {
     struct server *server = arg;
@@ -64,6 +85,10 @@ void handlers_handle(void *arg, struct http_request *request)
         struct problem problem;
         problem_set(&problem, 503, "shutting_down", NULL, "The server is shutting down.");
         reply_problem(request, &problem);
+        return;
+    }
+    if (is_of_other_kind(&request->route)) {
+        reply_refuse(request, 404, "not_found", NULL, "There is nothing '%.255s' here.", request->route.id);
         return;
     }
     reply_once(server, request, endpoints[request->route.endpoint].handle);

@@ -29,6 +29,18 @@ void handle_job_pause(struct server *server, struct http_request *request);
 void handle_job_resume(struct server *server, struct http_request *request);
 void handle_job_checkpoints(struct server *server, struct http_request *request);
 
+/* Either kind's resource. */
+json_t *handlers_encode_job(const struct server *server, const struct job_resource *job);
+
+/* ---- handlers_evaluations.c ---- */
+void handle_evaluation_create(struct server *server, struct http_request *request);
+void handle_evaluation_list(struct server *server, struct http_request *request);
+void handle_evaluation_get(struct server *server, struct http_request *request);
+void handle_evaluation_results(struct server *server, struct http_request *request);
+void handle_evaluation_report(struct server *server, struct http_request *request);
+/* End every download: the server is shutting down. */
+void results_drain(struct server *server);
+
 /* ---- handlers_events.c ---- */
 void handle_job_events(struct server *server, struct http_request *request);
 /* End every stream: the server is shutting down. */

@@ -207,7 +207,9 @@ static void on_job_of_events(void *arg, int code, const struct job_resource *job
     (void)job;
     if (code) {
         char words[300];
-        snprintf(words, sizeof words, "fine-tuning job '%.255s'", request->route.id);
+        snprintf(words, sizeof words, "%s '%.255s'",
+                 strncmp(request->route.id, "eval-", 5) ? "fine-tuning job" : "evaluation",
+                 request->route.id);
         reply_store_error(request, code, NULL, words);
     } else if (events->query.stream) {
         stream_start(events->server, request, &events->query);

@@ -1,4 +1,4 @@
-/* handlers_jobs.c: /v1/fine_tuning/jobs, but for its events. Loop thread only. */
+/* handlers_jobs.c: /v1/fine_tuning/jobs, but for its events; and cancel, pause, resume of evaluations. Loop thread only. */
 #include "daemon/handlers.h"
 
 #include "daemon/reply.h"
@@ -6,15 +6,17 @@
 #include <stdio.h>
 #include <time.h>
 
-static json_t *encode(const struct server *server, const struct job_resource *job)
+json_t *handlers_encode_job(const struct server *server, const struct job_resource *job)
 {
+    if (job->kind == JOB_EVALUATION)
+        return evaluation_encode(job, NULL, 0, (int64_t)time(NULL));
     return job_encode(job, server->config->organization, (int64_t)time(NULL));
 }
 
 static const struct kept_answer *keep(void *arg, const struct job_resource *job)
 {
     struct http_request *request = arg;
-    return reply_keep(request, 200, encode(request->context, job));
+    return reply_keep(request, 200, handlers_encode_job(request->context, job));
 }
 
 /* What the scheduler says of a job. */
@@ -22,7 +24,7 @@ static void on_scheduled(void *arg, const struct job_resource *job, const struct
 {
     struct http_request *request = arg;
     if (job)
-        reply_json(request, 200, encode(request->context, job));
+        reply_json(request, 200, handlers_encode_job(request->context, job));
     else
         reply_problem(request, problem);
 }
@@ -77,7 +79,7 @@ static void on_job(void *arg, int code, const struct job_resource *job)
     if (code)
         reply_no_job(request, code);
     else
-        reply_json(request, 200, encode(request->context, job));
+        reply_json(request, 200, handlers_encode_job(request->context, job));
 }
 
 void handle_job_get(struct server *server, struct http_request *request)
@@ -85,7 +87,7 @@ void handle_job_get(struct server *server, struct http_request *request)
     const struct job_resource *live = scheduler_find(server->scheduler, request->route.id);
     request->context = server;
     if (live)
-        reply_json(request, 200, encode(server, live));
+        reply_json(request, 200, handlers_encode_job(server, live));
     else
         store_job_get(server->store, request->route.id, on_job, request);
 }
@@ -97,7 +99,7 @@ static json_t *encode_listed(const struct http_request *request, const void *ite
 {
     const struct server *server = request->context;
     const struct job_resource *job = item, *live = scheduler_find(server->scheduler, job->id);
-    return encode(server, live ? live : job);
+    return handlers_encode_job(server, live ? live : job);
 }
 
 static void on_jobs(void *arg, int code, const struct job_resource *items, size_t count, bool has_more)

@@ -66,6 +66,7 @@ struct exchange {
 
     struct MHD_Response *response; /* to be queued when MHD next asks */
     bool streaming, ended;
+    bool lines; /* of the stream: no events, and no comments between them */
     struct buffer stream;
     size_t stream_sent; /* bytes of stream already taken */
     struct file_body *file;
@@ -641,17 +642,28 @@ void http_answer_file(struct http_request *request, const char *content_type, co
     hand_back(exchange);
 }
 
-void http_stream_begin(struct http_request *request)
+static void stream_begin(struct http_request *request, const char *content_type, bool lines)
 {
     struct exchange *exchange = exchange_of(request);
     struct MHD_Response *response =
         MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, STREAM_BLOCK, on_read, exchange, NULL);
     exchange->streaming = true;
+    exchange->lines = lines;
     if (response) {
-        MHD_add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE, "text/event-stream");
+        MHD_add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE, content_type);
         MHD_add_response_header(response, MHD_HTTP_HEADER_CACHE_CONTROL, "no-cache");
     }
     answer(exchange, 200, response);
+}
+
+void http_stream_begin(struct http_request *request)
+{
+    stream_begin(request, "text/event-stream", false);
+}
+
+void http_stream_begin_lines(struct http_request *request)
+{
+    stream_begin(request, "application/jsonl", true);
 }
 
 int http_stream_write(struct http_request *request, const char *data, size_t length)
@@ -713,7 +725,7 @@ static void on_ping(uv_timer_t *timer)
     static const char ping[] = ": ping\n\n";
     struct http_server *server = timer->data;
     for (struct exchange *exchange = server->first; exchange; exchange = exchange->next)
-        if (exchange->streaming && !exchange->ended && exchange->suspended) {
+        if (exchange->streaming && !exchange->lines && !exchange->ended && exchange->suspended) {
             buffer_append(&exchange->stream, ping, sizeof ping - 1);
             exchange_resume(exchange);
         }

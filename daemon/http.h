@@ -99,6 +99,8 @@ void http_answer_file(struct http_request *request, const char *content_type, co
 
 /* Server-sent events. */
 void http_stream_begin(struct http_request *request);
+/* The same for JSON lines. */
+void http_stream_begin_lines(struct http_request *request);
 /* Returns 0, or -1 when the client takes the stream too slowly (HTTP_STREAM_LIMIT bytes wait for it): then the
  * stream was cut, and the request is no longer the handler's. */
 int http_stream_write(struct http_request *request, const char *data, size_t length);

@@ -74,13 +74,18 @@ void job_frames_validation(void *arg, enum frame_type type, const json_t *payloa
         live->job.total_steps = integer_or_zero(payload, "total_steps");
         live->job.planned_memory_bytes = integer_or_zero(payload, "planned_bytes");
         live_job_set_status(live, JOB_QUEUED);
-        live_job_say(
-            live, "info",
-            "Files validated: %lld training examples (%lld tokens, %lld of them under the loss), %lld for "
-            "validation; %lld steps",
-            (long long)integer_or_zero(payload, "examples"), (long long)integer_or_zero(payload, "tokens"),
-            (long long)integer_or_zero(payload, "loss_tokens"),
-            (long long)integer_or_zero(payload, "validation_examples"), (long long)live->job.total_steps);
+        if (live->job.kind == JOB_EVALUATION)
+            live_job_say(live, "info", "Tasks validated: %lld examples", (long long)live->job.total_steps);
+        else
+            live_job_say(live, "info",
+                         "Files validated: %lld training examples (%lld tokens, %lld of them under the "
+                         "loss), %lld for "
+                         "validation; %lld steps",
+                         (long long)integer_or_zero(payload, "examples"),
+                         (long long)integer_or_zero(payload, "tokens"),
+                         (long long)integer_or_zero(payload, "loss_tokens"),
+                         (long long)integer_or_zero(payload, "validation_examples"),
+                         (long long)live->job.total_steps);
         live_job_commit(live);
     } else if (type == FRAME_JOB_INVALID) {
         on_invalid(live, payload);
@@ -226,7 +231,8 @@ static void on_paused(struct live_job *live, int64_t step, const json_t *reason)
         return;
     live_job_set_status(live, wanted ? JOB_PAUSED : JOB_QUEUED);
     if (wanted)
-        live_job_say(live, "info", "The job is paused at step %lld", (long long)step);
+        live_job_say(live, "info", "The job is paused at %s %lld",
+                     live->job.kind == JOB_EVALUATION ? "example" : "step", (long long)step);
     live_job_commit(live);
 }
 
@@ -266,6 +272,9 @@ void job_frames_take(void *arg, struct worker *worker, enum frame_type type, con
             break;
         case FRAME_JOB_METRICS:
             on_metrics(live, payload);
+            break;
+        case FRAME_EVALUATION_RESULTS:
+            evaluation_frames_results(live, payload);
             break;
         case FRAME_JOB_CHECKPOINT:
             on_checkpoint(live, payload);

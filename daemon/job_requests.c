@@ -245,7 +245,8 @@ static void on_ended_job_read(void *arg, int code, const struct job_resource *jo
     struct lookup *lookup = arg;
     struct problem problem = {0};
     if (code == ERROR_NOT_FOUND)
-        problem_set(&problem, 404, "job_not_found", NULL, "There is no fine-tuning job '%s'.", lookup->id);
+        problem_set(&problem, 404, "job_not_found", NULL, "There is no %s '%s'.",
+                    strncmp(lookup->id, "eval-", 5) ? "fine-tuning job" : "evaluation", lookup->id);
     else if (code)
         problem_set(&problem, 503, "store_error", NULL, "The job could not be looked up.");
     else

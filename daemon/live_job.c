@@ -298,13 +298,18 @@ static void end_job_commit(struct live_job *live)
     snprintf(final->error_param, sizeof final->error_param, "%s", live->ending.param);
     snprintf(final->error_message, sizeof final->error_message, "%s", live->ending.message);
     bool succeeded = final->status == JOB_SUCCEEDED;
-    if (succeeded) {
+    const bool trained = succeeded && final->kind == JOB_FINE_TUNING;
+    if (trained) {
         snprintf(final->fine_tuned_model, sizeof final->fine_tuned_model, "%s", live->ending.row.model.id);
         snprintf(final->result_file, sizeof final->result_file, "%s", live->ending.result.id);
-        final->eta_seconds = 0;
     }
-    char closing[sizeof final->error_message + 64];
     if (succeeded)
+        final->eta_seconds = 0;
+    char closing[sizeof final->error_message + 64];
+    if (succeeded && !trained)
+        snprintf(closing, sizeof closing, "The evaluation has successfully completed: %lld examples",
+                 (long long) final->step);
+    else if (succeeded)
         snprintf(closing, sizeof closing, "The job has successfully completed: %s", final->fine_tuned_model);
     else if (final->status == JOB_CANCELLED)
         snprintf(closing, sizeof closing, "The job was cancelled");
@@ -312,7 +317,7 @@ static void end_job_commit(struct live_job *live)
         snprintf(closing, sizeof closing, "The job failed: %s", final->error_message);
     live->changes++;
     live->writes++;
-    store_job_finish(live->scheduler->options.store, final, succeeded ? &live->ending.row : NULL,
+    store_job_finish(live->scheduler->options.store, final, trained ? &live->ending.row : NULL,
                      live->ending.result.id[0] ? &live->ending.result : NULL, closing, on_finished, live);
 }
 
@@ -337,6 +342,25 @@ static void on_metrics_committed(void *arg, int code, const struct error *error)
                       live->scheduler->options.data_dir, live->job.id, on_result_file, live);
 }
 
+/* Every result before has been written, or was lost: then the evaluation goes on with what is missing. */
+static void on_results_committed(void *arg, int code, const struct error *error)
+{
+    struct live_job *live = arg;
+    (void)code, (void)error;
+    live->writes--;
+    live->changes--;
+    if (!live->lost) {
+        end_job_commit(live);
+        return;
+    }
+    live->lost = false;
+    live->ending.status = 0;
+    live_job_say(live, "warn",
+                 "Results could not be stored; the evaluation goes on with those that are missing");
+    live_job_set_status(live, JOB_QUEUED);
+    live_job_commit(live);
+}
+
 void live_job_end(struct live_job *live, enum job_status status, const char *code, const char *param,
                   const char *message)
 {
@@ -351,6 +375,12 @@ void live_job_end(struct live_job *live, enum job_status status, const char *cod
     live->validator = live->trainer = NULL;
     if (status != JOB_SUCCEEDED) {
         end_job_commit(live);
+        return;
+    }
+    if (live->job.kind == JOB_EVALUATION) {
+        live->changes++;
+        live->writes++;
+        store_job_update(live->scheduler->options.store, &live->job, on_results_committed, live);
         return;
     }
     struct adapter_row *row = &live->ending.row;

@@ -34,6 +34,7 @@ struct live_job {
     struct worker *trainer; /* training it, from the commit of `running` on */
     int changes;  /* rows on their way to the store: until they are in, nothing begins and nobody is answered
                    */
+    bool lost;    /* results of an evaluation that the store did not take: it is to go on once more */
     bool refused; /* the last row was not taken: it is written again by the retry timer */
     bool ended;   /* the final row is committed */
     bool
@@ -113,5 +114,12 @@ struct worker *scheduler_pick_trainer(struct scheduler *scheduler);
 json_t *scheduler_job_payload(struct scheduler *scheduler, const struct job_resource *job);
 struct lane *scheduler_lane_of(struct scheduler *scheduler, const struct worker *worker);
 void scheduler_lane_free(struct lane *lane);
+
+/* evaluation_requests.c: EVALUATION_VALIDATE's payload. */
+json_t *evaluation_payload(struct scheduler *scheduler, const struct job_resource *job);
+/* Does the evaluation name this model? */
+bool evaluation_uses(const struct job_resource *job, const char *model);
+/* evaluation_frames.c: EVALUATION_RESULTS of the current attempt. */
+void evaluation_frames_results(struct live_job *live, const json_t *payload);
 
 #endif

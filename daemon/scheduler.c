@@ -45,6 +45,8 @@ static json_t *file_payload(struct scheduler *scheduler, const char *id)
 
 json_t *scheduler_job_payload(struct scheduler *scheduler, const struct job_resource *job)
 {
+    if (job->kind == JOB_EVALUATION)
+        return evaluation_payload(scheduler, job);
     return json_pack("{s:s,s:I,s:o,s:o,s:o,s:o,s:I,s:o}", "job", job->id, "attempt", (json_int_t)job->attempt,
                      "model", model_payload(scheduler, job->model), "training_file",
                      file_payload(scheduler, job->training_file), "validation_file",
@@ -71,14 +73,19 @@ static struct worker *pick(const struct scheduler *scheduler, bool for_training,
     return best;
 }
 
+static bool is_evaluation(const struct live_job *live)
+{
+    return live->job.kind == JOB_EVALUATION;
+}
+
 static void start_validation(struct live_job *live)
 {
     struct worker *worker = pick(live->scheduler, true, live->alone);
     if (!worker)
         return;
     live->validation =
-        worker_request(worker, FRAME_JOB_VALIDATE, scheduler_job_payload(live->scheduler, &live->job),
-                       job_frames_validation, live);
+        worker_request(worker, is_evaluation(live) ? FRAME_EVALUATION_VALIDATE : FRAME_JOB_VALIDATE,
+                       scheduler_job_payload(live->scheduler, &live->job), job_frames_validation, live);
     if (live->validation) {
         live->validator = worker;
         live->writes++;
@@ -99,12 +106,26 @@ void live_job_stop(struct live_job *live, const char *reason)
                           "reason", reason));
 }
 
-static void on_running(void *arg, int code, const struct error *error)
+/* What is needed beyond scheduler_job_payload() to go on from where it is. scored: of an evaluation. */
+static json_t *start_payload(const struct live_job *live, const char *scored)
 {
-    struct live_job *live = arg;
+    json_t *payload = scheduler_job_payload(live->scheduler, &live->job);
+    if (!payload)
+        return NULL;
+    if (is_evaluation(live)) {
+        json_object_set_new(payload, "done", scored ? json_loads(scored, 0, NULL) : json_object());
+        json_object_set_new(payload, "total_steps", json_integer(live->job.total_steps));
+    } else {
+        json_object_set_new(payload, "resume_from",
+                            live->resume_from[0] ? json_string(live->resume_from) : json_null());
+    }
+    return payload;
+}
+
+/* The row says `running`: hand the job to its worker, unless it was cancelled or lost its worker meanwhile. */
+static void start_on_worker(struct live_job *live, const char *scored)
+{
     struct scheduler *scheduler = live->scheduler;
-    live->writes--;
-    live->changes--;
     struct lane *lane = lane_of_job(live); /* NULL: the worker died while we wrote */
     if (live->ending.status) {             /* cancelled while we wrote */
         if (lane)
@@ -112,23 +133,10 @@ static void on_running(void *arg, int code, const struct error *error)
         scheduler_run(scheduler);
         return;
     }
-    if (code) {
-        live_job_set_status(live, JOB_QUEUED);
+    if (!lane || worker_send(live->trainer, is_evaluation(live) ? FRAME_EVALUATION_START : FRAME_JOB_START,
+                             start_payload(live, scored))) {
         if (lane)
             scheduler_lane_free(lane);
-        live->trainer = NULL;
-        live_job_retry_later(live, "the start of a job", error);
-        return;
-    }
-    json_t *payload = scheduler_job_payload(scheduler, &live->job);
-    if (payload)
-        json_object_set_new(payload, "resume_from",
-                            live->resume_from[0] ? json_string(live->resume_from) : json_null());
-    if (!lane || worker_send(live->trainer, FRAME_JOB_START, payload)) {
-        if (lane)
-            scheduler_lane_free(lane);
-        else
-            json_decref(payload);
         live->trainer = NULL;
         live_job_set_status(live, live_job_wants(live, JOB_PAUSED) ? JOB_PAUSED : JOB_QUEUED);
         live_job_commit(live);
@@ -136,13 +144,56 @@ static void on_running(void *arg, int code, const struct error *error)
     }
     struct worker_info info;
     worker_info(live->trainer, &info);
-    live_job_say(live, "info",
-                 live->resume_from[0] ? "Fine-tuning resumed on %s" : "Fine-tuning started on %s",
-                 info.device);
+    bool resumed = is_evaluation(live) ? live->job.step > 0 : live->resume_from[0] != '\0';
+    live_job_say(live, "info", "%s %s on %s", is_evaluation(live) ? "Evaluation" : "Fine-tuning",
+                 resumed ? "resumed" : "started", info.device);
     log_write(LOG_INFO, "job started", "job", live->job.id, "device", info.device, "resume_from",
               live->resume_from, NULL);
     if (live_job_wants(live, JOB_PAUSED))
         live_job_stop(live, "pause");
+}
+
+/* The row could not be written, or what it goes on from could not be read. */
+static void put_back(struct live_job *live, const char *what, const struct error *error)
+{
+    struct lane *lane = lane_of_job(live);
+    if (live->ending.status) {
+        if (lane)
+            scheduler_lane_free(lane);
+        scheduler_run(live->scheduler);
+        return;
+    }
+    live_job_set_status(live, JOB_QUEUED);
+    if (lane)
+        scheduler_lane_free(lane);
+    live->trainer = NULL;
+    live_job_retry_later(live, what, error);
+}
+
+static void on_scored(void *arg, int code, const char *scored)
+{
+    struct live_job *live = arg;
+    live->writes--;
+    live->changes--;
+    if (code)
+        put_back(live, "what an evaluation has scored", NULL);
+    else
+        start_on_worker(live, scored);
+}
+
+static void on_running(void *arg, int code, const struct error *error)
+{
+    struct live_job *live = arg;
+    if (!code && is_evaluation(live) && !live->ending.status) {
+        store_evaluation_scored(live->scheduler->options.store, live->job.id, on_scored, live);
+        return; /* it is still changing */
+    }
+    live->writes--;
+    live->changes--;
+    if (code)
+        put_back(live, "the start of a job", error);
+    else
+        start_on_worker(live, NULL);
 }
 
 static void start_job(struct live_job *live, struct lane *lane)
@@ -225,7 +276,8 @@ static void on_worker_down(void *arg, struct worker *worker, const char *reason)
         live_job_end(live, JOB_FAILED, "worker_lost", NULL, message);
         return;
     }
-    live_job_say(live, "warn", "The worker died (%s); the job goes on from its last checkpoint", reason);
+    live_job_say(live, "warn", "The worker died (%s); the job goes on from %s", reason,
+                 is_evaluation(live) ? "the last example that was scored" : "its last checkpoint");
     live_job_set_status(live, live_job_wants(live, JOB_PAUSED) ? JOB_PAUSED : JOB_QUEUED);
     live_job_commit(live);
 }
@@ -242,7 +294,8 @@ bool scheduler_uses_model(struct scheduler *scheduler, const char *id)
 {
     const struct model_entry *entry = registry_find(scheduler->options.registry, id);
     for (struct live_job *live = scheduler->first; live; live = live->next)
-        if (!live->ended && (!strcmp(live->job.model, id) || (entry && !strcmp(live->job.id, entry->job))))
+        if (!live->ended && (!strcmp(live->job.model, id) || (entry && !strcmp(live->job.id, entry->job)) ||
+                             (is_evaluation(live) && evaluation_uses(&live->job, id))))
             return true;
     return false;
 }
@@ -332,7 +385,9 @@ int scheduler_recover(struct scheduler *scheduler, struct error *error)
         if (live->job.status == JOB_RUNNING) {
             live_job_set_status(live, JOB_QUEUED);
             live_job_say(live, "warn", "The server restarted; the job goes on from %s",
-                         live->resume_from[0] ? "its last checkpoint" : "the start");
+                         is_evaluation(live)    ? "the last example that was scored"
+                         : live->resume_from[0] ? "its last checkpoint"
+                                                : "the start");
             live_job_commit(live);
         }
     }

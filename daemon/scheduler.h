@@ -23,6 +23,7 @@ struct scheduler_options {
     struct store *store;
     struct registry *registry;
     const char *data_dir, *organization;
+    const char *tasks_dir, *eval_data_dir; /* eval_data_dir may be NULL */
 };
 int scheduler_create(const struct scheduler_options *options, struct scheduler **ret_scheduler,
                      struct error *error);
@@ -49,6 +50,10 @@ typedef const struct kept_answer *(*scheduler_keeper)(void *arg, const struct jo
  * commits the row, answers, and sets validation going. */
 void scheduler_create_job(struct scheduler *scheduler, const struct job_request *request,
                           scheduler_keeper keep, scheduler_answer done, void *arg);
+/* The same for an evaluation: checks models, names of tasks and uploaded files. */
+void scheduler_create_evaluation(struct scheduler *scheduler, const struct evaluation_request *request,
+                                 scheduler_keeper keep, scheduler_answer done, void *arg);
+/* Of jobs of either kind. */
 void scheduler_cancel_job(struct scheduler *scheduler, const char *id, scheduler_answer done, void *arg);
 void scheduler_pause_job(struct scheduler *scheduler, const char *id, scheduler_answer done, void *arg);
 void scheduler_resume_job(struct scheduler *scheduler, const char *id, scheduler_answer done, void *arg);

@@ -244,6 +244,7 @@ static void stop(struct daemon *daemon)
     sd_notify(0, "STOPPING=1");
     http_drain(server->http);
     events_drain(server);
+    results_drain(server);
     worker_calls_drain(server->calls);
     scheduler_drain(server->scheduler);
     daemon->phase = ENDING_REQUESTS;
@@ -311,7 +312,9 @@ static int start_scheduler(struct daemon *daemon, struct error *error)
                                         .store = server->store,
                                         .registry = server->registry,
                                         .data_dir = config->data_dir,
-                                        .organization = config->organization};
+                                        .organization = config->organization,
+                                        .tasks_dir = config->tasks_dir,
+                                        .eval_data_dir = config->eval_data_dir};
     int code = scheduler_create(&options, &server->scheduler, error);
     if (code)
         return code;

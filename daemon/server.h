@@ -29,6 +29,7 @@ struct server {
     struct http_server *http;
     struct idempotency *repeatable;     /* POSTs with a key that are being answered: reply.c */
     struct event_stream *event_streams; /* handlers_events.c */
+    struct download *downloads;         /* handlers_evaluations.c */
     bool stopping;
 };
 

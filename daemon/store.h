@@ -129,6 +129,36 @@ void store_checkpoint_delete(struct store *store, const char *job, int64_t step,
 /* A checkpoint's row goes with its model's. */
 void store_model_delete(struct store *store, const char *id, store_written done, void *arg);
 
+/* ---- evaluations: jobs of that kind, and their results ---- */
+struct evaluation_row {
+    int64_t document;
+    bool acc, acc_norm;
+    double log_likelihood;
+    char *detail; /* JSON text */
+};
+/* One batch of an evaluation's unit: its examples (one that is there already stays as it is), and its tokens and seconds, which
+ * are added to what the unit has. rows, and what they own, are taken over. */
+void store_evaluation_insert(struct store *store, const char *evaluation,
+                             const struct evaluation_unit_resource *unit, struct evaluation_row *rows,
+                             size_t count, store_written done, void *arg);
+/* In the order in which they began. Valid during the call. */
+typedef void (*store_units_read)(void *arg, int code, const struct evaluation_unit_resource *items,
+                                 size_t count);
+void store_evaluation_units(struct store *store, const char *evaluation, store_units_read done, void *arg);
+/* Which documents are scored: {MODEL: {"TASK/SHOTS": [[first,last]...]}}, JSON text, valid during the call. */
+typedef void (*store_scored_read)(void *arg, int code, const char *scored);
+void store_evaluation_scored(struct store *store, const char *evaluation, store_scored_read done, void *arg);
+/* Examples as they were scored, behind `after` (0 = from the first), at most `limit`. */
+struct evaluation_example {
+    int64_t sequence;
+    struct evaluation_unit_resource unit; /* its names alone */
+    char *detail;
+};
+typedef void (*store_examples_read)(void *arg, int code, const struct evaluation_example *items, size_t count,
+                                    bool has_more);
+void store_evaluation_examples(struct store *store, const char *evaluation, int64_t after, int64_t limit,
+                               store_examples_read done, void *arg);
+
 /* ---- idempotency ---- */
 /* The answer that a POST with this key got before; the first one put stands. */
 typedef void (*store_answer_read)(void *arg, int code, int status, const char *body_hash, const char *body);

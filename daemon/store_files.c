@@ -7,10 +7,11 @@
 #include <string.h>
 
 #define COLUMNS "id, bytes, created_at, expires_at, filename, purpose, status, status_details, sha256"
-/* Binds one file id twice. */
+/* An evaluation's settings hold the ids of its files. */
 #define OPEN_JOB_NAMES(file)                                                                                 \
     "SELECT 1 FROM jobs WHERE status IN ('validating_files', 'queued', 'running', 'paused') AND "            \
-    "(training_file = " file " OR validation_file = " file ")"
+    "(training_file = " file " OR validation_file = " file                                                   \
+    " OR (kind = 'evaluation' AND instr(hyperparameters, " file ")))"
 
 enum { EXPIRED_LIMIT = 1000 };
 

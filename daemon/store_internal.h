@@ -16,7 +16,7 @@
  * The first failure sticks and is reported by query_run or query_next. Both reset the statement once they
  * return 0 or an error; a loop that is left early calls query_end. Bound texts must live until then. */
 
-enum { CONNECTION_STATEMENTS = 64 };
+enum { CONNECTION_STATEMENTS = 96 };
 
 struct connection {
     sqlite3 *db;

@@ -13,7 +13,8 @@
     "validation_file, result_file, seed, hyperparameters, metadata, trained_tokens, error_code, "            \
     "error_param, "                                                                                          \
     "error_message, attempt, step, total_steps, tokens_per_second, loss, eta_seconds, peak_memory_bytes, "   \
-    "bytes_per_token, device, planned_memory_bytes, skipped_steps"
+    "bytes_per_token, device, planned_memory_bytes, skipped_steps, kind"
+#define OF_KIND "kind = ? AND "
 /* Every wanted pair is among the job's. */
 #define HAS_METADATA                                                                                         \
     "NOT EXISTS (SELECT 1 FROM json_each(?) AS wanted WHERE NOT EXISTS (SELECT 1 FROM "                      \
@@ -39,7 +40,7 @@ static int job_copy(const struct job_resource *from, struct job_resource *ret_jo
 static int job_from_row(const struct query *query, void *item, struct error *error)
 {
     struct job_resource *job = item;
-    char status[32];
+    char status[32], kind[32];
     column_text(query, 0, job->id, sizeof job->id);
     job->created_at = column_int(query, 1);
     job->started_at = column_int(query, 2);
@@ -75,11 +76,13 @@ static int job_from_row(const struct query *query, void *item, struct error *err
     column_text(query, 26, job->device, sizeof job->device);
     job->planned_memory_bytes = column_int(query, 27);
     job->skipped_steps = column_int(query, 28);
+    column_text(query, 29, kind, sizeof kind);
+    job->kind = strcmp(kind, job_kind_name(JOB_EVALUATION)) ? JOB_FINE_TUNING : JOB_EVALUATION;
     job->queue_position = -1;
     return 0;
 }
 
-/* Everything after id and created_at, in the order of COLUMNS. */
+/* What follows id and created_at in COLUMNS and may change: all but the kind. */
 static void bind_job(struct query *query, const struct job_resource *job)
 {
     query_int(query, job->started_at);
@@ -159,10 +162,11 @@ static int run_insert(struct connection *connection, struct store_request *reque
         return code;
     struct query query = query_begin(connection, "INSERT INTO jobs (" COLUMNS
                                                  ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
-                                                 "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+                                                 "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     query_text(&query, job->id);
     query_int(&query, job->created_at);
     bind_job(&query, job);
+    query_text(&query, job_kind_name(job->kind));
     code = query_run(&query, NULL, error);
     return code || !write->answer ? code : answer_row_insert(connection, write->answer, error);
 }
@@ -364,6 +368,7 @@ void store_job_get(struct store *store, const char *id, store_job_read done, voi
 struct job_list {
     struct store_request request;
     struct page page;
+    enum job_kind kind;
     char *metadata; /* JSON text, or NULL: any */
     struct rows rows;
     bool has_more;
@@ -379,11 +384,12 @@ static int run_list(struct connection *connection, struct store_request *request
     if (code)
         return code;
     bool any = !list->metadata;
-    const char *sql =
-        list->page.ascending
-            ? (any ? LIST_ASCENDING(COLUMNS, "jobs", "") : LIST_ASCENDING(COLUMNS, "jobs", HAS_METADATA))
-            : (any ? LIST_DESCENDING(COLUMNS, "jobs", "") : LIST_DESCENDING(COLUMNS, "jobs", HAS_METADATA));
+    const char *sql = list->page.ascending ? (any ? LIST_ASCENDING(COLUMNS, "jobs", OF_KIND)
+                                                  : LIST_ASCENDING(COLUMNS, "jobs", OF_KIND HAS_METADATA))
+                                           : (any ? LIST_DESCENDING(COLUMNS, "jobs", OF_KIND)
+                                                  : LIST_DESCENDING(COLUMNS, "jobs", OF_KIND HAS_METADATA));
     struct query query = query_begin(connection, sql);
+    query_text(&query, job_kind_name(list->kind));
     if (!any)
         query_text(&query, list->metadata);
     page_bind(&query, &list->page, start);
@@ -424,6 +430,7 @@ void store_job_list(struct store *store, const struct list_query *query, store_j
     list->request.arg = arg;
     list->rows.item_size = sizeof(struct job_resource);
     list->page = page_of(query);
+    list->kind = query->job_kind;
     list->done = done;
     if (query->metadata && json_object_size(query->metadata)) {
         list->metadata = json_dumps(query->metadata, JSON_COMPACT);

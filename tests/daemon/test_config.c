@@ -208,7 +208,7 @@ static void test_help_names_everything(void **state)
         "listen",        "port-file",    "data-dir",        "models-dir",        "device",
         "default-model", "organization", "threads",         "max-body-bytes",    "max-upload-bytes",
         "max-seqs",      "max-waiting",  "max-connections", "heartbeat-timeout", "shutdown-timeout",
-        "log-level",     "log-format",
+        "log-level",     "log-format",   "tasks-dir",       "eval-data-dir",
     };
     int flags = 0;
     for (const char *at = help; (at = strstr(at, "\n  --")); at++)

@@ -1,0 +1,122 @@
+/* evaluation_request.c: POST /v1/evaluations into a struct evaluation_request. Any thread.
+ *
+ *   model         required: an id of a base model, an adapter or a checkpoint, or a list of up to 64 of them
+ *   tasks         required: names of tasks, or ids of uploaded definitions
+ *   num_fewshot   0: a number of examples, or a list of up to 16
+ *   limit         null: the first so many documents of each task
+ *   seed          1234: of the few-shot examples
+ *   max_length    null: prompts have what they have (the state of a recurrent model does not grow). n drops ids on the left as a
+ *                 harness with that max_length does
+ *   reuse_states  true: false runs every request from its beginning, to see what sharing is worth */
+#include "api/requests.h"
+
+#include "api/decode.h"
+
+#include <string.h>
+
+enum { MAX_SHOTS = 256 };
+
+/* One value or a list as a list: a new reference. NULL: refused. */
+static json_t *list_of(const struct decoder *body, const char *key, size_t max)
+{
+    json_t *value = decode_get(body, key);
+    json_t *list = json_is_array(value) ? json_deep_copy(value) : json_pack("[O]", value);
+    if (list && json_array_size(list) >= 1 && json_array_size(list) <= max)
+        return list;
+    json_decref(list);
+    decode_refuse(body, key, "must be one value or a list of 1 to %zu.", max);
+    return NULL;
+}
+
+static bool has_twice(const json_t *list, size_t index)
+{
+    for (size_t i = 0; i < index; i++)
+        if (json_equal(json_array_get(list, i), json_array_get(list, index)))
+            return true;
+    return false;
+}
+
+static json_t *names_decode(const struct decoder *body, const char *key, size_t max)
+{
+    if (!decode_get(body, key)) {
+        decode_refuse(body, key, "is required.");
+        return NULL;
+    }
+    json_t *list = list_of(body, key, max);
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *item = json_array_get(list, i);
+        size_t length = json_string_length(item);
+        if (!json_is_string(item) || !length || length >= MODEL_ID_BYTES)
+            decode_refuse(body, key, "element %zu must be a string of 1 to %d bytes.", i, MODEL_ID_BYTES - 1);
+        else if (has_twice(list, i))
+            decode_refuse(body, key, "%.200s is there twice.", json_string_value(item));
+        else
+            continue;
+        json_decref(list);
+        return NULL;
+    }
+    return list;
+}
+
+static json_t *shots_decode(const struct decoder *body)
+{
+    if (!decode_get(body, "num_fewshot"))
+        return json_pack("[i]", 0);
+    json_t *list = list_of(body, "num_fewshot", EVALUATION_MAX_SHOT_COUNTS);
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        int64_t shots = -1;
+        if (!decode_as_integer(json_array_get(list, i), &shots) || shots < 0 || shots > MAX_SHOTS)
+            decode_refuse(body, "num_fewshot", "element %zu must be an integer from 0 to %d.", i, MAX_SHOTS);
+        else if (has_twice(list, i))
+            decode_refuse(body, "num_fewshot", "%d is there twice.", (int)shots);
+        else if (!json_array_set_new(list, i, json_integer(shots)))
+            continue;
+        json_decref(list);
+        return NULL;
+    }
+    return list;
+}
+
+static json_t *integer_or_null(int64_t value)
+{
+    return value ? json_integer(value) : json_null();
+}
+
+int evaluation_request_decode(const json_t *json, struct evaluation_request *ret_request,
+                              struct problem *problem)
+{
+    static const char *const names[] = {"model", "tasks",      "num_fewshot",  "limit",
+                                        "seed",  "max_length", "reuse_states", "metadata"};
+    struct decoder body = {json, "", problem};
+    int64_t limit = 0, max_length = 0, seed = 1234;
+    bool share = true;
+    json_t *metadata = NULL;
+    problem_set(problem, 503, "out_of_memory", NULL, "The server is out of memory.");
+    if (decode_only(&body, names, sizeof names / sizeof *names) ||
+        decode_integer(&body, "limit", 1, INT32_MAX, &limit) ||
+        decode_integer(&body, "seed", 0, INT64_C(9007199254740991), &seed) ||
+        decode_integer(&body, "max_length", 2, 1 << 20, &max_length) ||
+        decode_bool(&body, "reuse_states", &share) || decode_metadata(&body, &metadata))
+        return -1;
+    json_t *models = names_decode(&body, "model", EVALUATION_MAX_MODELS);
+    json_t *tasks = models ? names_decode(&body, "tasks", EVALUATION_MAX_TASKS) : NULL;
+    json_t *shots = tasks ? shots_decode(&body) : NULL;
+    json_t *settings = shots ? json_pack("{s:O, s:O, s:O, s:o, s:o, s:b}", "models", models, "tasks", tasks,
+                                         "num_fewshot", shots, "limit", integer_or_null(limit), "max_length",
+                                         integer_or_null(max_length), "share", (int)share)
+                             : NULL;
+    json_decref(models);
+    json_decref(tasks);
+    json_decref(shots);
+    if (!settings)
+        return -1;
+    *ret_request = (struct evaluation_request){json_incref(metadata), (uint64_t)seed, settings};
+    return 0;
+}
+
+void evaluation_request_free(struct evaluation_request *request)
+{
+    json_decref(request->metadata);
+    json_decref(request->settings);
+    *request = (struct evaluation_request){0};
+}
