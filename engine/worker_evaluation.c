@@ -14,8 +14,9 @@
 enum {
     HOST_TOKENS = 1024, /* of a batch: what waits meanwhile waits for one batch */
     DEVICE_TOKENS = 16384,
-    MOST_STATES = 256,
+    DEVICE_STATES = 256,
     LEAST_STATES = 8,
+    HOST_STATES = 64, /* what a batch of HOST_TOKENS has use for: each is written before it is used */
     HOST_STATE_BYTES = 256 << 20,
 };
 static const int64_t device_state_bytes = INT64_C(4) << 30;
@@ -283,9 +284,10 @@ static void end(struct worker *worker, const char *status, const struct error *e
 /* States for a batch, and for the prefixes that wait for their children. */
 static int32_t states_for(const struct worker *worker, const struct model *model)
 {
-    int64_t bytes = worker->device_info.is_host ? HOST_STATE_BYTES : device_state_bytes;
-    int64_t states = bytes / model_state_bytes(model);
-    return (int32_t)(states < LEAST_STATES ? LEAST_STATES : states > MOST_STATES ? MOST_STATES : states);
+    const bool is_host = worker->device_info.is_host;
+    const int64_t most = is_host ? HOST_STATES : DEVICE_STATES;
+    int64_t states = (is_host ? HOST_STATE_BYTES : device_state_bytes) / model_state_bytes(model);
+    return (int32_t)(states < LEAST_STATES ? LEAST_STATES : states > most ? most : states);
 }
 
 static int enter_model(struct worker *worker, struct worker_evaluation *evaluation, struct error *error)
