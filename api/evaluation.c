@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool unit_has(const struct evaluation_unit_resource *unit, const char *metric)
+bool evaluation_unit_has(const struct evaluation_unit_resource *unit, const char *metric)
 {
     const size_t length = strlen(metric);
     for (const char *at = unit->metrics; *at;) {
@@ -121,13 +121,13 @@ static json_t *unit_encode(const struct evaluation_unit_resource *unit)
         return NULL;
     json_object_set_new(result, "fewshot_file", text_json_or_null(unit->pool));
     set_cost(result, unit->n, unit->tokens, unit->tokens_run, unit->seconds);
-    if (unit_has(unit, "acc"))
+    if (evaluation_unit_has(unit, "acc"))
         set_metric(result, "acc", unit->n ? (double)unit->acc / n : (double)NAN,
                    share_variance(unit->acc, unit->n));
-    if (unit_has(unit, "acc_norm"))
+    if (evaluation_unit_has(unit, "acc_norm"))
         set_metric(result, "acc_norm", unit->n ? (double)unit->acc_norm / n : (double)NAN,
                    share_variance(unit->acc_norm, unit->n));
-    if (unit_has(unit, "perplexity")) {
+    if (evaluation_unit_has(unit, "perplexity")) {
         const double mean = unit->log_likelihood / n;
         const double variance = (unit->log_likelihood_squared / n - mean * mean) / (n - 1);
         const double perplexity = exp(-mean);
@@ -149,7 +149,7 @@ static json_t *sum_encode(const struct evaluation_sum *sum)
     json_object_set_new(result, "subtasks", json_integer(sum->n_units));
     set_cost(result, sum->n, sum->tokens, sum->tokens_run, sum->seconds);
     for (int i = 0; i < 2; i++) {
-        if (!unit_has(sum->first, names[i]))
+        if (!evaluation_unit_has(sum->first, names[i]))
             continue;
         set_metric(result, names[i], (double)right[i] / n,
                    sum->micro_variance[i] / (double)sum->micro_freedom / n);

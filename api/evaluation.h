@@ -7,7 +7,7 @@
 #include <stddef.h>
 
 /* Does it have this metric? */
-bool unit_has(const struct evaluation_unit_resource *unit, const char *metric);
+bool evaluation_unit_has(const struct evaluation_unit_resource *unit, const char *metric);
 /* The sum over subtasks of one model, precision and shot count: micro is its mean over all examples, macro over subtasks. */
 struct evaluation_sum {
     char task[160];                               /* the definition's task, or with _GROUP behind it */

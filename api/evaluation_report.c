@@ -127,7 +127,7 @@ static json_t *divergence_encode(const struct cell *cells, size_t count, size_t 
 
 static void set_score(struct cell *cell, int64_t acc, int64_t acc_norm, int64_t n)
 {
-    cell->by_length = unit_has(cell->unit, "acc_norm");
+    cell->by_length = evaluation_unit_has(cell->unit, "acc_norm");
     cell->score = (double)(cell->by_length ? acc_norm : acc) / (double)n;
 }
 
@@ -169,7 +169,8 @@ json_t *evaluation_report_encode(const struct job_resource *job, const struct ev
         return NULL;
     for (size_t i = 0; cells && i < count; i++) {
         const struct evaluation_unit_resource *unit = &units[i];
-        if (!unit->n || unit->group[0] || (!unit_has(unit, "acc") && !unit_has(unit, "acc_norm")))
+        if (!unit->n || unit->group[0] ||
+            (!evaluation_unit_has(unit, "acc") && !evaluation_unit_has(unit, "acc_norm")))
             continue;
         cells[n_cells] = (struct cell){.unit = unit, .task = unit->task};
         set_score(&cells[n_cells++], unit->acc, unit->acc_norm, unit->n);

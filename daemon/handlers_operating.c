@@ -98,7 +98,7 @@ void handle_metrics(struct server *server, struct http_request *request)
     for (int status = 0; status < JOB_STATUS_COUNT; status++) {
         char label[64];
         metrics_label(label, sizeof label, "status", job_status_name((enum job_status)status));
-        metrics_gauge(&text, "adder_jobs", "Fine-tuning jobs, ended ones too.", label,
+        metrics_gauge(&text, "adder_jobs", "Fine-tuning jobs and evaluations, ended ones too.", label,
                       (double)scheduler_count(server->scheduler, (enum job_status)status), status == 0);
     }
     scheduler_each(server->scheduler, add_job_gauges, &gauges);
