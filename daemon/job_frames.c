@@ -58,6 +58,15 @@ static void on_invalid(struct live_job *live, const json_t *payload)
     buffer_free(&message);
 }
 
+static void on_tasks_validated(struct live_job *live, const json_t *payload)
+{
+    const json_t *warning;
+    size_t i;
+    json_array_foreach(json_object_get(payload, "warnings"), i, warning)
+        live_job_say(live, "warn", "%s", json_string_value(warning));
+    live_job_say(live, "info", "Tasks validated: %lld examples", (long long)live->job.total_steps);
+}
+
 void job_frames_validation(void *arg, enum frame_type type, const json_t *payload)
 {
     struct live_job *live = arg;
@@ -75,7 +84,7 @@ void job_frames_validation(void *arg, enum frame_type type, const json_t *payloa
         live->job.planned_memory_bytes = integer_or_zero(payload, "planned_bytes");
         live_job_set_status(live, JOB_QUEUED);
         if (live->job.kind == JOB_EVALUATION)
-            live_job_say(live, "info", "Tasks validated: %lld examples", (long long)live->job.total_steps);
+            on_tasks_validated(live, payload);
         else
             live_job_say(live, "info",
                          "Files validated: %lld training examples (%lld tokens, %lld of them under the "

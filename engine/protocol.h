@@ -41,7 +41,7 @@
  *   JOB_START -> JOB_* ... JOB_ENDED   begins when no request runs, if there is no room before
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",
  *     "resume_from": path|null}
- *   EVALUATION_VALIDATE -> JOB_VALIDATED (examples and total_steps alone) | JOB_INVALID | FAILED    "busy", as above
+ *   EVALUATION_VALIDATE -> JOB_VALIDATED ("examples","total_steps","warnings": [text...]) | JOB_INVALID | FAILED    "busy", as above
  *     {"job","attempt","models": [{"name","model","adapter"}...],"tasks": [{"name","definition": path}...],
  *     "num_fewshot": [n...],"limit": n|null,"seed","max_length": n|null,"share": bool (false: every request by itself),
  *     "data_dir": path|null,"files": {name: path} (uploaded ones)}

@@ -59,31 +59,34 @@ void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t
 {
     struct evaluation_plan *plan = NULL;
     struct error error = {0};
+    json_t *warnings = json_array();
     const char *name;
     const json_t *models;
     int64_t attempt;
     int status = read_name(payload, &name, &attempt, &error);
     if (status) {
         worker_fail(worker, id, &error);
+        json_decref(warnings);
         return;
     }
     status = field_array(payload, "models", &models, &error);
     if (!status)
         status = evaluation_plan_read(payload, &plan, &error);
     if (!status)
-        status = evaluation_plan_check(plan, &error);
+        status = evaluation_plan_check(plan, warnings, &error);
     if (status) {
         json_t *more = frame_error_payload(&error);
         json_object_set_new(more, "lines", json_array());
         worker_stream_send(&worker->stream, FRAME_JOB_INVALID, id, worker_job_address(name, attempt, more));
     } else {
         json_int_t examples = evaluation_plan_examples(plan) * (json_int_t)json_array_size(models);
-        worker_stream_send(
-            &worker->stream, FRAME_JOB_VALIDATED, id,
-            worker_job_address(name, attempt,
-                               json_pack("{s:I, s:I}", "examples", examples, "total_steps", examples)));
+        worker_stream_send(&worker->stream, FRAME_JOB_VALIDATED, id,
+                           worker_job_address(name, attempt,
+                                              json_pack("{s:I, s:O?, s:I}", "examples", examples, "warnings",
+                                                        warnings, "total_steps", examples)));
     }
     evaluation_plan_free(plan);
+    json_decref(warnings);
 }
 
 /* ---- results ---- */

@@ -161,7 +161,23 @@ void evaluation_plan_free(struct evaluation_plan *plan)
     free(plan);
 }
 
-int evaluation_plan_check(struct evaluation_plan *plan, struct error *error)
+/* Once for all shot counts of a task. */
+static void warn_of_pool(const struct prompts *prompts, const struct evaluation_unit *unit, json_t *warnings)
+{
+    const char *missing = prompts_missing_pool(prompts);
+    if (!missing)
+        return;
+    json_t *warning = json_sprintf("%s takes its examples from %s: there is no file of the split %s",
+                                   unit->name, prompts_pool_file(prompts), missing);
+    for (size_t i = 0; i < json_array_size(warnings); i++)
+        if (json_equal(json_array_get(warnings, i), warning)) {
+            json_decref(warning);
+            return;
+        }
+    json_array_append_new(warnings, warning);
+}
+
+int evaluation_plan_check(struct evaluation_plan *plan, json_t *warnings, struct error *error)
 {
     for (int i = 0; i < plan->n_units; i++) {
         struct evaluation_unit *unit = &plan->units[i];
@@ -170,6 +186,7 @@ int evaluation_plan_check(struct evaluation_plan *plan, struct error *error)
         int status = prompts_open(unit->task, unit->subtask, &options, &plan->source, NULL, &prompts, error);
         if (!status) {
             unit->count = prompts_count(prompts);
+            warn_of_pool(prompts, unit, warnings);
             status = prompts_check(prompts, error);
             prompts_free(prompts);
         }

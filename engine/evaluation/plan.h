@@ -33,8 +33,9 @@ struct evaluation_plan {
  * with _SUBTASK or _GROUP behind it; null = the definition's. Errors name the definition and the place in it. */
 int evaluation_plan_read(const json_t *order, struct evaluation_plan **ret_plan, struct error *error);
 void evaluation_plan_free(struct evaluation_plan *plan);
-/* Read and render every document and example, and count them. Errors name file and line. */
-int evaluation_plan_check(struct evaluation_plan *plan, struct error *error);
+/* Read and render every document and example, and count them. Errors name file and line. warnings: a list of texts is appended to, of
+ * what makes results differ from the harness's. */
+int evaluation_plan_check(struct evaluation_plan *plan, json_t *warnings, struct error *error);
 int64_t evaluation_plan_examples(const struct evaluation_plan *plan);
 
 #endif

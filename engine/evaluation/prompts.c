@@ -15,6 +15,7 @@ struct prompts {
     struct task_documents tested, others; /* others: the examples', where they are another split's */
     const struct task_documents *pool;
     bool exclude;
+    const char *missing_pool; /* a split's name */
     char *description;
     struct random_mt random;
     int64_t count, next;
@@ -69,6 +70,7 @@ static int open_pool(struct prompts *prompts, int subtask, const struct task_sou
     if (status)
         return status;
     prompts->pool = &prompts->others;
+    prompts->missing_pool = split == task->pools[0] ? NULL : task->splits[task->pools[0]].name;
     prompts->exclude = task->exclude_document < 0 ? split == task->documents : task->exclude_document > 0;
     const int64_t count = prompts->pool->documents.count;
     const int64_t wanted = shots + (prompts->exclude && !task->first_n);
@@ -127,6 +129,11 @@ int64_t prompts_count(const struct prompts *prompts)
 const char *prompts_pool_file(const struct prompts *prompts)
 {
     return prompts->pool ? prompts->pool->file : NULL;
+}
+
+const char *prompts_missing_pool(const struct prompts *prompts)
+{
+    return prompts->missing_pool;
 }
 
 static int check_documents(const struct prompts *prompts, const struct task_documents *from, int64_t count,

@@ -46,6 +46,8 @@ void prompts_free(struct prompts *prompts);
 int64_t prompts_count(const struct prompts *prompts);
 /* The file that examples come from, as the definition calls it; NULL at 0 shots. */
 const char *prompts_pool_file(const struct prompts *prompts);
+/* The split that examples were to come from, where its files are absent and they come from another; else NULL. */
+const char *prompts_missing_pool(const struct prompts *prompts);
 /* Render every document, and the whole pool, without taking a step. */
 int prompts_check(const struct prompts *prompts, struct error *error);
 /* The requests of the next document; ret_example may be NULL: it is passed by. Errors name file and line. */

@@ -340,7 +340,10 @@ def test_events(evaluator):
     evaluation = run(evaluator, tasks=["piqa"], num_fewshot=1, limit=5)["id"]
     events = get(evaluator, evaluation, "/events?order=asc&limit=100")["data"]
     assert all(event["object"] == "evaluation.event" for event in events)
-    assert [event["message"] for event in events][:2] == [f"Created evaluation: {evaluation}", "Tasks validated: 5 examples"]
+    assert [(event["level"], event["message"]) for event in events][:3] == [
+        ("info", f"Created evaluation: {evaluation}"),
+        ("warn", "piqa takes its examples from piqa_valid.jsonl: there is no file of the split train"),
+        ("info", "Tasks validated: 5 examples")]
     assert events[-1]["message"] == "The evaluation has successfully completed: 5 examples"
     assert [event["data"]["examples"] for event in events if event["type"] == "metrics"][-1] == 5
     stream = evaluator.get(f"/v1/evaluations/{evaluation}/events?stream=true").body.decode()
