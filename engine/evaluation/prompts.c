@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_PREFIX_BYTES = 32 << 20, MAX_EXAMPLE_IDS = 8 << 20 }; /* far beyond any use */
+
 struct prompts {
     const struct task *task;
     const struct tokenizer *tokenizer;
@@ -350,8 +352,8 @@ static int make_request(const struct prompts *prompts, struct making *making, st
     if (status)
         return status;
     size_t count = making->ids.count - begin;
-    if (count > INT32_MAX / 2)
-        return error_set(error, ERROR_INVALID, "a prompt of %zu tokens", count);
+    if (making->ids.count > MAX_EXAMPLE_IDS)
+        return error_set(error, ERROR_INVALID, "prompts of more than %d tokens", MAX_EXAMPLE_IDS);
     request->n_ids = (int32_t)count;
     if (longest && request->n_ids > longest - 1) {
         int32_t dropped = request->n_ids - (longest - 1);
@@ -413,8 +415,11 @@ int prompts_next(struct prompts *prompts, struct example *ret_example, struct er
         at_document(&prompts->tested, index, error);
     if (!status && ret_example) {
         buffer_append_string(&prefix, prompts->description);
-        for (int32_t i = 0; !status && i < prompts->options.shots; i++)
+        for (int32_t i = 0; !status && i < prompts->options.shots; i++) {
             status = append_example(prompts, prompts->drawn[i], &prefix, error);
+            if (!status && prefix.length > MAX_PREFIX_BYTES)
+                status = error_set(error, ERROR_INVALID, "examples of more than %d bytes", MAX_PREFIX_BYTES);
+        }
         if (!status) {
             status = task_render(prompts->task, document->fields, &text, error);
             if (!status)

@@ -1,6 +1,6 @@
 /* run.c: see run.h.
  *
- * A window is WINDOW documents of a unit, the same ones whatever has been done before: what is done is left out of it. Its examples
+ * A window is WINDOW documents of a unit (fewer where their prompts are very long); what has been done before is left out of it. Its examples
  * are reported as soon as all their requests are scored. */
 #include "engine/evaluation/run.h"
 
@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WINDOW = 512 };
+enum { WINDOW = 512, WINDOW_IDS = 32 << 20 };
 
 struct evaluation_run {
     struct evaluation_run_options options;
@@ -158,12 +158,15 @@ static int take_examples(struct evaluation_run *run, struct error *error)
     int64_t end = run->next + WINDOW, count = prompts_count(run->prompts);
     int status = 0;
     int32_t n_rows = 0;
-    for (; !status && run->next < end && run->next < count; run->next++) {
+    int64_t n_ids = 0;
+    for (; !status && run->next < end && run->next < count && n_ids < WINDOW_IDS; run->next++) {
         bool done = run->options.is_done && run->options.is_done(run->options.arg, unit, run->next);
         struct example *example = done ? NULL : &run->examples[run->n_examples];
         status = prompts_next(run->prompts, example, error);
         if (status || done)
             continue;
+        for (int i = 0; i < example->n_requests; i++)
+            n_ids += example->requests[i].n_ids;
         run->reported[run->n_examples] = false;
         run->first_row[run->n_examples++] = n_rows;
         run->first_row[run->n_examples] = n_rows += example->n_requests;

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_TEXT = 8 << 20 }; /* bytes that a template or a filter makes */
 enum { MAX_ARGUMENTS = 2, MAX_STEPS = 16, MAX_FILTERS = 16, MAX_PIECES = 256 };
 
 /* ---- filters ---- */
@@ -19,6 +20,12 @@ struct filter {
     int (*apply)(const char *text, size_t length, char *const *arguments, struct buffer *out,
                  struct error *error);
 };
+
+static int check_size(const struct buffer *out, struct error *error)
+{
+    return out->length <= MAX_TEXT ? 0
+                                   : error_set(error, ERROR_INVALID, "more than %d bytes of text", MAX_TEXT);
+}
 
 static int filter_strip(const char *text, size_t length, char *const *arguments, struct buffer *out,
                         struct error *error)
@@ -43,13 +50,14 @@ static int filter_capitalize(const char *text, size_t length, char *const *argum
 static int filter_replace(const char *text, size_t length, char *const *arguments, struct buffer *out,
                           struct error *error)
 {
-    (void)error;
     const size_t n = strlen(arguments[0]);
     const char *end = text + length, *found;
     while ((found = memmem(text, (size_t)(end - text), arguments[0], n))) {
         buffer_append(out, text, (size_t)(found - text));
         buffer_append_string(out, arguments[1]);
         text = found + n;
+        if (check_size(out, error))
+            return ERROR_INVALID;
     }
     buffer_append(out, text, (size_t)(end - text));
     return 0;
@@ -505,6 +513,8 @@ int template_text(const struct template *template, const json_t *document, struc
         if ((status = append_text(value, out, error)))
             in_field(piece, error);
         json_decref(value);
+        if (!status)
+            status = check_size(out, error);
     }
     if (!status && out->failed)
         status = no_memory(error);

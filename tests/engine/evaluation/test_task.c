@@ -107,6 +107,36 @@ static void test_templates_that_are_refused(void **state)
     }
 }
 
+/* A definition may not make texts without bound: by filters, or by fields that repeat one another. */
+static void test_texts_are_bounded(void **state)
+{
+    (void)state;
+    char twice[] = "{a|replace:'a':'aaaaaaaaaa'|replace:'a':'aaaaaaaaaa'|replace:'a':'aaaaaaaaaa'|replace:'a'"
+                   ":'aaaaaaaaaa'|"
+                   "replace:'a':'aaaaaaaaaa'|replace:'a':'aaaaaaaaaa'|replace:'a':'aaaaaaaaaa'|replace:'a':'"
+                   "aaaaaaaaaa'}";
+    struct buffer out = {0};
+    struct error error = {0};
+    assert_int_equal(render(twice, "{\"a\": \"a\"}", &out, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "{a}: replace: more than 8388608 bytes of text");
+    buffer_free(&out);
+    struct template *template;
+    json_t *document = parse_json("{\"a\": \"aaaaaaaaaaaaaaaa\"}");
+    int status = 0, rounds = 0;
+    assert_int_equal(template_parse("{a}{a}{a}{a}", &template, NULL), 0);
+    while (rounds < 30 && !status) {
+        json_t *value;
+        status = template_value(template, document, &value, &error);
+        if (!status)
+            json_object_set_new(document, "a", value);
+        rounds++;
+    }
+    assert_int_equal(status, ERROR_INVALID);
+    assert_true(rounds < 12);
+    template_free(template);
+    json_decref(document);
+}
+
 static void test_values(void **state)
 {
     (void)state;
@@ -433,6 +463,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_templates),
         cmocka_unit_test(test_templates_that_are_refused),
+        cmocka_unit_test(test_texts_are_bounded),
         cmocka_unit_test(test_values),
         cmocka_unit_test_setup_teardown(test_tables, make_folder, remove_folder),
         cmocka_unit_test(test_definitions_that_are_refused),
