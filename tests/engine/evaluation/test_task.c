@@ -166,14 +166,15 @@ static void test_values(void **state)
 /* ---- files ---- */
 
 struct folder {
-    char path[64];
+    char path[1024];
 };
 
 static int make_folder(void **state)
 {
     struct folder *folder = calloc(1, sizeof *folder);
     assert_non_null(folder);
-    strcpy(folder->path, "/tmp/adderd-task-XXXXXX");
+    const char *parent = getenv("TMPDIR");
+    snprintf(folder->path, sizeof folder->path, "%s/adderd-task-XXXXXX", parent ? parent : "/tmp");
     assert_non_null(mkdtemp(folder->path));
     *state = folder;
     return 0;
@@ -189,7 +190,7 @@ static int remove_folder(void **state)
 
 static void put(const struct folder *folder, const char *name, const char *content)
 {
-    char path[128];
+    char path[1100];
     snprintf(path, sizeof path, "%s/%s", folder->path, name);
     assert_int_equal(file_write_whole(path, content, strlen(content), NULL), 0);
 }
@@ -209,7 +210,7 @@ static int find_in_folder(void *arg, const char *name, char **ret_path, struct e
 static void test_tables(void **state)
 {
     const struct folder *folder = *state;
-    char path[128], a[] = "a", b[] = "b", *columns[] = {a, b};
+    char path[1100], a[] = "a", b[] = "b", *columns[] = {a, b};
     struct documents documents;
     struct error error = {0};
     snprintf(path, sizeof path, "%s/x", folder->path);
@@ -369,7 +370,7 @@ static void test_documents_that_are_refused(void **state)
     }
     task_free(task);
     assert_int_equal(parse_with("source", "\"somewhere.org\"", &task, &error), 0);
-    char file[128];
+    char file[1100];
     snprintf(file, sizeof file, "%s/t.jsonl", folder->path);
     assert_int_equal(unlink(file), 0);
     assert_int_equal(prompts_open(task, -1, &options, &source, tokenizer, &prompts, &error), ERROR_NOT_FOUND);
