@@ -1,5 +1,5 @@
 /* prompts.h: a task's requests at one number of shots: few-shot examples drawn, prompts put together, ids split into context and
- * continuation, all as lm-evaluation-harness does it (docs/decisions/0007-evaluation.md lists its facts).
+ * continuation, all as lm-evaluation-harness does it (docs/decisions/0008-evaluation.md lists its facts).
  *
  * Documents are taken in order; each draws from the one generator whether its requests are wanted or not, so that a resumed run goes
  * on with the same examples. One thread. */
