@@ -7,6 +7,11 @@ enum { SENTINEL_16 = 0x7fc5 }; /* the upper half of the harness's: a NaN in BF16
 static struct kernel_device *the_device;
 static struct session *current;
 
+static void close_the_device(void)
+{
+    kernels_cuda()->device_close(the_device);
+}
+
 bool mirror_wanted(void)
 {
     const char *asked = getenv("ADDERD_TEST_CUDA");
@@ -17,8 +22,10 @@ bool mirror_wanted(void)
     const char *reason = "this build has no CUDA backend";
     if (kernels_cuda() != NULL) {
         int status = kernels_cuda()->device_open(0, 0, &the_device);
-        if (status == KERNEL_OK)
+        if (status == KERNEL_OK) {
+            atexit(close_the_device);
             return true;
+        }
         reason = status == KERNEL_UNSUPPORTED ? "no NVIDIA driver, or one too old, or no GPU"
                                               : kernel_status_text(status);
     }
