@@ -11,16 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    HOST_TOKENS = 1024, /* of a batch: what waits meanwhile waits for one batch */
-    DEVICE_TOKENS = 16384,
-    DEVICE_STATES = 256,
-    LEAST_STATES = 8,
-    HOST_STATES = 64, /* what a batch of HOST_TOKENS has use for: each is written before it is used */
-    HOST_STATE_BYTES = 256 << 20,
-};
-static const int64_t device_state_bytes = INT64_C(4) << 30;
-
 struct worker_evaluation {
     char *name;
     int64_t attempt;
@@ -284,15 +274,6 @@ static void end(struct worker *worker, const char *status, const struct error *e
     worker_stream_send(&worker->stream, FRAME_JOB_ENDED, 0, payload);
 }
 
-/* States for a batch, and for the prefixes that wait for their children. */
-static int32_t states_for(const struct worker *worker, const struct model *model)
-{
-    const bool is_host = worker->device_info.is_host;
-    const int64_t most = is_host ? HOST_STATES : DEVICE_STATES;
-    int64_t states = (is_host ? HOST_STATE_BYTES : device_state_bytes) / model_state_bytes(model);
-    return (int32_t)(states < LEAST_STATES ? LEAST_STATES : states > most ? most : states);
-}
-
 static int enter_model(struct worker *worker, struct worker_evaluation *evaluation, struct error *error)
 {
     const json_t *entry = json_array_get(json_object_get(evaluation->order, "models"), evaluation->model);
@@ -321,8 +302,6 @@ static int enter_model(struct worker *worker, struct worker_evaluation *evaluati
         .model = loaded->model,
         .tokenizer = loaded->tokenizer,
         .adapter = evaluation->adapter,
-        .max_tokens = worker->device_info.is_host ? HOST_TOKENS : DEVICE_TOKENS,
-        .max_states = states_for(worker, loaded->model),
         .arg = evaluation,
         .is_done = is_done,
         .result = on_result,

@@ -209,9 +209,11 @@ struct rmsnorm_backward_args {
 /* ---- causal depthwise convolution + SiLU ---- */
 
 /* Recurrent state lives in a pool of equal slots: the state of sequence s for this layer begins at
- * pool + slots[s] * slot_stride (fp32 elements). slots NULL with pool not NULL means slots[s] = s. */
+ * pool + slots[s] * slot_stride (fp32 elements). slots NULL with pool not NULL means slots[s] = s. A slot below 0 is none: that
+ * sequence starts from zero (in), or its state is not kept (out). Several sequences may start from one slot, but a slot that one of
+ * them is kept in is read by no other. */
 struct state_view {
-    float *pool; /* NULL: starts from zero (in), or is not kept (out) */
+    float *pool; /* NULL: no slots at all */
     int64_t slot_stride;
     const int32_t *slots; /* [n_seqs], host memory */
 };

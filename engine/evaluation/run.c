@@ -10,6 +10,19 @@
 
 enum { WINDOW = 512, WINDOW_IDS = 32 << 20 };
 
+/* Room for a batch: what waits meanwhile waits for one. */
+enum {
+    HOST_TOKENS = 1024,
+    HOST_SEQS = 256,
+    HOST_STATES = 64,
+    HOST_STATE_BYTES = 256 << 20,
+    DEVICE_TOKENS = 16384,
+    DEVICE_SEQS = 2048,
+    DEVICE_STATES = 512,
+    LEAST_STATES = 8,
+};
+static const int64_t device_state_bytes = INT64_C(4) << 30;
+
 struct evaluation_run {
     struct evaluation_run_options options;
     struct scorer *scorer;
@@ -29,18 +42,35 @@ static int no_memory(struct error *error)
     return error_set(error, ERROR_NO_MEMORY, "no memory for an evaluation");
 }
 
+static int choose_room(const struct evaluation_run_options *options, struct scorer_options *scorer,
+                       struct error *error)
+{
+    struct kernel_device_info info;
+    const struct model *model = options->model;
+    if (model_ops(model)->device_query(model_device(model), &info))
+        return error_set(error, ERROR_DEVICE, "cannot query the device");
+    const int64_t most = info.is_host ? HOST_STATES : DEVICE_STATES;
+    const int64_t states = (info.is_host ? HOST_STATE_BYTES : device_state_bytes) / model_state_bytes(model);
+    scorer->max_tokens = options->max_tokens ? options->max_tokens
+                         : info.is_host      ? HOST_TOKENS
+                                             : DEVICE_TOKENS;
+    scorer->max_seqs = options->max_seqs ? options->max_seqs : info.is_host ? HOST_SEQS : DEVICE_SEQS;
+    scorer->max_states = options->max_states     ? options->max_states
+                         : states < LEAST_STATES ? LEAST_STATES
+                                                 : (int32_t)(states > most ? most : states);
+    return 0;
+}
+
 int evaluation_run_open(const struct evaluation_run_options *options, struct evaluation_run **ret_run,
                         struct error *error)
 {
-    struct evaluation_run *run = calloc(1, sizeof *run);
+    struct scorer_options scorer = {.adapter = options->adapter, .share = options->plan->share};
+    int status = choose_room(options, &scorer, error);
+    struct evaluation_run *run = status ? NULL : calloc(1, sizeof *run);
     if (!run)
-        return no_memory(error);
+        return status ? status : no_memory(error);
     run->options = *options;
-    const struct scorer_options scorer = {.adapter = options->adapter,
-                                          .max_tokens = options->max_tokens,
-                                          .max_states = options->max_states,
-                                          .share = options->plan->share};
-    int status = scorer_create(options->model, &scorer, &run->scorer, error);
+    status = scorer_create(options->model, &scorer, &run->scorer, error);
     if (status)
         evaluation_run_close(run);
     else

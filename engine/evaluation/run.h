@@ -19,8 +19,8 @@ struct evaluation_run_options {
     struct model *model;
     const struct tokenizer *tokenizer;
     const struct adapter *adapter; /* NULL = the base */
-    int64_t max_tokens;
-    int32_t max_states;
+    int64_t max_tokens;            /* of a batch; 0 = what the device has use for */
+    int32_t max_seqs, max_states;  /* the same; states for prefixes that wait for their children */
     void *arg;
     /* Has this document been scored before? */
     bool (*is_done)(void *arg, const struct evaluation_unit *unit, int64_t document);

@@ -1,9 +1,10 @@
 /* scorer.c: see scorer.h.
  *
- * A node is ready when its parent has run. A batch takes ready nodes, the deepest first, the longest first among them. Each takes a
- * state: a copy of its parent's, or its parent's own when no other child waits for it. A node without children gives its state back
- * when it has run. One with children is taken only while as many states stay free as its subtree is high: the last one taken can
- * then always be finished, which gives back what the one before needs, and so on.
+ * A node is ready when its parent has run. A batch takes ready nodes, the deepest first, the longest first among them. Each
+ * starts from its parent's state, as often as there are children; what it ends with is kept in a slot where it has children, or goes
+ * on in another batch, and nowhere else. A parent's slot is free when the last child has run its first tokens. A node that needs a
+ * slot is taken only while as many stay free as its subtree is high: the last one taken can then always be finished, which gives
+ * back what the one before needs, and so on.
  *
  * Few rows: the CPU's products sum in another order when there are few of them, so a batch is filled up to ROWS_LEAST with tokens of
  * no account, and the head always sees the same number of rows there. */
@@ -19,17 +20,18 @@ enum node_state { NODE_WAITING, NODE_READY, NODE_RUNNING, NODE_DONE };
 
 struct node_run {
     enum node_state state;
-    int32_t slot;      /* -1 = none */
+    int32_t slot;      /* what it ended with so far; -1 = none */
     int32_t n_run;     /* tokens */
-    int32_t n_to_come; /* children that have no state yet */
+    int32_t n_to_come; /* children that have not begun */
 };
 
 struct scorer {
     struct model *model;
     struct scorer_options options;
-    int32_t head_rows; /* of one call, exactly */
+    int32_t head_rows; /* of one call */
+    bool padded;       /* of each call exactly */
     struct runner *runner;
-    struct state_pool *states; /* max_states, and one for the filling */
+    struct state_pool *states; /* max_states */
     int32_t *free_slots;       /* [n_free] */
     int32_t n_free;
     struct scorer_status status;
@@ -44,13 +46,13 @@ struct scorer {
 
     /* The batch; arrays of the size in brackets. */
     int32_t n_seqs, n_tokens;
-    int32_t *taken;      /* [max_states] nodes */
-    int32_t *ids;        /* [max_tokens] */
-    int32_t *seq_starts; /* [max_states+2] */
-    int32_t *slots;      /* [max_states+1] */
-    int32_t n_asked;     /* in the arrays below, [head_rows] */
-    int32_t *asked_rows, *asked_targets, *asked_requests;
-    float *logprobs, *best;
+    int32_t *taken;        /* [max_seqs] nodes */
+    int32_t *ids;          /* [max_tokens] */
+    int32_t *seq_starts;   /* [max_seqs+2] */
+    int32_t *from, *slots; /* [max_seqs+1] states read, written */
+    int32_t n_asked;       /* in the arrays below, [head_rows] */
+    int32_t *asked_rows, *asked_targets, *asked_requests, *argmax;
+    float *logprobs;
 };
 
 static int no_memory(struct error *error)
@@ -67,20 +69,21 @@ static int device_error(int status, const char *what, struct error *error)
 
 static int make_arrays(struct scorer *scorer, struct error *error)
 {
-    const size_t states = (size_t)scorer->options.max_states, head = (size_t)scorer->head_rows;
-    scorer->free_slots = malloc(states * sizeof *scorer->free_slots);
-    scorer->taken = malloc(states * sizeof *scorer->taken);
+    const size_t seqs = (size_t)scorer->options.max_seqs, head = (size_t)scorer->head_rows;
+    scorer->free_slots = malloc((size_t)scorer->options.max_states * sizeof *scorer->free_slots);
+    scorer->taken = malloc(seqs * sizeof *scorer->taken);
     scorer->ids = malloc((size_t)scorer->options.max_tokens * sizeof *scorer->ids);
-    scorer->seq_starts = calloc(states + 2, sizeof *scorer->seq_starts);
-    scorer->slots = malloc((states + 1) * sizeof *scorer->slots);
+    scorer->seq_starts = calloc(seqs + 2, sizeof *scorer->seq_starts);
+    scorer->from = malloc((seqs + 1) * sizeof *scorer->from);
+    scorer->slots = malloc((seqs + 1) * sizeof *scorer->slots);
     scorer->asked_rows = malloc(head * sizeof *scorer->asked_rows);
     scorer->asked_targets = malloc(head * sizeof *scorer->asked_targets);
     scorer->asked_requests = malloc(head * sizeof *scorer->asked_requests);
     scorer->logprobs = malloc(head * sizeof *scorer->logprobs);
-    scorer->best = malloc(head * sizeof *scorer->best);
-    if (!scorer->free_slots || !scorer->taken || !scorer->ids || !scorer->seq_starts || !scorer->slots ||
-        !scorer->asked_rows || !scorer->asked_targets || !scorer->asked_requests || !scorer->logprobs ||
-        !scorer->best)
+    scorer->argmax = malloc(head * sizeof *scorer->argmax);
+    if (!scorer->free_slots || !scorer->taken || !scorer->ids || !scorer->seq_starts || !scorer->from ||
+        !scorer->slots || !scorer->asked_rows || !scorer->asked_targets || !scorer->asked_requests ||
+        !scorer->logprobs || !scorer->argmax)
         return no_memory(error);
     for (int32_t slot = scorer->options.max_states; slot-- > 0;)
         scorer->free_slots[scorer->n_free++] = slot;
@@ -92,21 +95,24 @@ int scorer_create(struct model *model, const struct scorer_options *options, str
 {
     struct kernel_device_info info;
     if (options->max_tokens < 2 * ROWS_LEAST || options->max_tokens > INT32_MAX || options->max_states < 2 ||
-        options->max_states > 1 << 16)
-        return error_set(error, ERROR_INVALID, "a scorer of %" PRId64 " tokens and %" PRId32 " states",
-                         options->max_tokens, options->max_states);
+        options->max_states > 1 << 16 || options->max_seqs < 1 || options->max_seqs > 1 << 16)
+        return error_set(error, ERROR_INVALID,
+                         "a scorer of %" PRId64 " tokens, %" PRId32 " sequences and %" PRId32 " states",
+                         options->max_tokens, options->max_seqs, options->max_states);
     struct scorer *scorer = calloc(1, sizeof *scorer);
     if (!scorer)
         return no_memory(error);
     *scorer = (struct scorer){.model = model, .options = *options};
-    int status = runner_create(model, options->max_tokens, options->max_states + 1, &scorer->runner, error);
+    int status =
+        runner_create_for_scores(model, options->max_tokens, options->max_seqs + 1, &scorer->runner, error);
     if (!status)
-        status = state_pool_create(model, options->max_states + 1, &scorer->states, error);
+        status = state_pool_create(model, options->max_states, &scorer->states, error);
     if (!status)
         status = device_error(model_ops(model)->device_query(model_device(model), &info) ? ERROR_DEVICE : 0,
                               "asking the device", error);
     if (!status) {
         int64_t most = runner_score_most(scorer->runner);
+        scorer->padded = info.is_host;
         scorer->head_rows = (int32_t)(info.is_host && most > HEAD_ROWS_HOST ? HEAD_ROWS_HOST : most);
         status = make_arrays(scorer, error);
     }
@@ -141,12 +147,13 @@ void scorer_free(struct scorer *scorer)
     free(scorer->taken);
     free(scorer->ids);
     free(scorer->seq_starts);
+    free(scorer->from);
     free(scorer->slots);
     free(scorer->asked_rows);
     free(scorer->asked_targets);
     free(scorer->asked_requests);
     free(scorer->logprobs);
-    free(scorer->best);
+    free(scorer->argmax);
     free(scorer);
 }
 
@@ -210,35 +217,6 @@ int scorer_begin(struct scorer *scorer, const struct forest_row *rows, int32_t n
 
 /* ---- a batch ---- */
 
-/* Give the node a state to start from. */
-static int seat(struct scorer *scorer, int32_t index, struct error *error)
-{
-    struct node_run *run = &scorer->runs[index];
-    const int32_t parent = scorer->forest.nodes[index].parent;
-    struct node_run *above = parent >= 0 ? &scorer->runs[parent] : NULL;
-    if (above && above->n_to_come == 1) {
-        run->slot = above->slot;
-        above->slot = -1;
-        above->n_to_come = 0;
-        return 0;
-    }
-    run->slot = scorer->free_slots[--scorer->n_free];
-    if (!above)
-        return device_error(state_pool_reset(scorer->states, run->slot), "clearing a recurrent state", error);
-    above->n_to_come--;
-    return device_error(state_pool_copy(scorer->states, run->slot, above->slot), "copying a recurrent state",
-                        error);
-}
-
-/* Can it have a state without making the last one taken wait for ever? */
-static bool may_sit(const struct scorer *scorer, int32_t index)
-{
-    const struct forest_node *node = &scorer->forest.nodes[index];
-    if (scorer->runs[index].slot >= 0 || (node->parent >= 0 && scorer->runs[node->parent].n_to_come == 1))
-        return true;
-    return scorer->n_free >= 1 + node->height;
-}
-
 /* Tokens of the node that go into a batch with this much room: all that is left of it, or what a batch holds of a longer one. */
 static int32_t tokens_for(const struct scorer *scorer, int32_t index, int64_t room)
 {
@@ -246,58 +224,68 @@ static int32_t tokens_for(const struct scorer *scorer, int32_t index, int64_t ro
     return (int32_t)(left <= room ? left : left > scorer->options.max_tokens ? room : 0);
 }
 
-static int take(struct scorer *scorer, int32_t index, int32_t tokens, struct error *error)
+/* Is what it ends with wanted? */
+static bool goes_on(const struct scorer *scorer, int32_t index, int32_t tokens)
 {
+    const struct forest_node *node = &scorer->forest.nodes[index];
+    return node->n_children || scorer->runs[index].n_run + tokens < own_tokens(node);
+}
+
+/* Can it have a slot without making the last one taken wait for ever? */
+static bool may_sit(const struct scorer *scorer, int32_t index, int32_t tokens)
+{
+    return scorer->runs[index].slot >= 0 || !goes_on(scorer, index, tokens) ||
+           scorer->n_free >= 1 + scorer->forest.nodes[index].height;
+}
+
+static void take(struct scorer *scorer, int32_t index, int32_t tokens)
+{
+    const struct forest_node *node = &scorer->forest.nodes[index];
     struct node_run *run = &scorer->runs[index];
-    int status = run->slot < 0 ? seat(scorer, index, error) : 0;
-    if (status)
-        return status;
+    int32_t from = run->slot;
+    if (!run->n_run && node->parent >= 0)
+        from = scorer->runs[node->parent].slot;
+    if (run->slot < 0 && goes_on(scorer, index, tokens))
+        run->slot = scorer->free_slots[--scorer->n_free];
     run->state = NODE_RUNNING;
-    memcpy(scorer->ids + scorer->n_tokens, scorer->forest.nodes[index].ids + run->n_run,
-           (size_t)tokens * sizeof *scorer->ids);
+    memcpy(scorer->ids + scorer->n_tokens, node->ids + run->n_run, (size_t)tokens * sizeof *scorer->ids);
     scorer->taken[scorer->n_seqs] = index;
+    scorer->from[scorer->n_seqs] = from;
     scorer->slots[scorer->n_seqs] = run->slot;
     scorer->n_tokens += tokens;
     scorer->seq_starts[++scorer->n_seqs] = scorer->n_tokens;
-    return 0;
 }
 
-static int fill_batch(struct scorer *scorer, struct error *error)
+static void fill_batch(struct scorer *scorer)
 {
-    int status = 0;
     scorer->n_seqs = scorer->n_tokens = 0;
     qsort_r(scorer->ready, (size_t)scorer->n_ready, sizeof *scorer->ready, compare_nodes,
             scorer->forest.nodes);
-    for (int32_t i = 0; !status && i < scorer->n_ready && scorer->n_seqs < scorer->options.max_states; i++) {
+    for (int32_t i = 0; i < scorer->n_ready && scorer->n_seqs < scorer->options.max_seqs; i++) {
         int64_t room = scorer->options.max_tokens - scorer->n_tokens;
         int32_t tokens = tokens_for(scorer, scorer->ready[i], room);
         if (!room)
             break;
-        if (tokens && may_sit(scorer, scorer->ready[i]))
-            status = take(scorer, scorer->ready[i], tokens, error);
+        if (tokens && may_sit(scorer, scorer->ready[i], tokens))
+            take(scorer, scorer->ready[i], tokens);
     }
-    return status;
 }
 
 static int run_batch(struct scorer *scorer, struct error *error)
 {
     int32_t n_seqs = scorer->n_seqs;
-    int status = 0;
     if (scorer->n_tokens < ROWS_LEAST) {
         memset(scorer->ids + scorer->n_tokens, 0,
                (size_t)(ROWS_LEAST - scorer->n_tokens) * sizeof *scorer->ids);
-        scorer->slots[n_seqs] = scorer->options.max_states;
+        scorer->from[n_seqs] = scorer->slots[n_seqs] = -1;
         scorer->seq_starts[++n_seqs] = ROWS_LEAST;
-        status = device_error(state_pool_reset(scorer->states, scorer->options.max_states),
-                              "clearing a recurrent state", error);
     }
-    if (status)
-        return status;
     const struct adapter_span span = {scorer->options.adapter, 0, n_seqs};
     struct forward_request request = {.n_seqs = n_seqs,
                                       .seq_starts = scorer->seq_starts,
                                       .ids = scorer->ids,
                                       .slots = scorer->slots,
+                                      .from = scorer->from,
                                       .states = scorer->states,
                                       .spans = &span,
                                       .n_spans = 1};
@@ -308,21 +296,22 @@ static int run_batch(struct scorer *scorer, struct error *error)
 
 /* ---- scores ---- */
 
-/* Score what has been asked, in a call of always the same size. */
+/* Score what has been asked. */
 static int answer(struct scorer *scorer, struct error *error)
 {
+    const int32_t n_rows = scorer->padded ? scorer->head_rows : scorer->n_asked;
     if (!scorer->n_asked)
         return 0;
-    for (int32_t i = scorer->n_asked; i < scorer->head_rows; i++) {
+    for (int32_t i = scorer->n_asked; i < n_rows; i++) {
         scorer->asked_rows[i] = scorer->asked_rows[scorer->n_asked - 1];
         scorer->asked_targets[i] = scorer->asked_targets[scorer->n_asked - 1];
     }
-    int status = runner_score_rows(scorer->runner, scorer->asked_rows, scorer->head_rows,
-                                   scorer->asked_targets, scorer->logprobs, scorer->best, error);
+    int status = runner_score_rows(scorer->runner, scorer->asked_rows, n_rows, scorer->asked_targets,
+                                   scorer->logprobs, scorer->argmax, error);
     for (int32_t i = 0; !status && i < scorer->n_asked; i++) {
         struct request_score *score = &scorer->scores[scorer->asked_requests[i]];
         score->log_likelihood += (double)scorer->logprobs[i];
-        score->greedy = score->greedy && scorer->logprobs[i] >= scorer->best[i];
+        score->greedy = score->greedy && scorer->argmax[i] == scorer->asked_targets[i];
         score->n_missing--;
     }
     scorer->n_asked = 0;
@@ -359,20 +348,28 @@ static int score_batch(struct scorer *scorer, struct error *error)
     return status ? status : answer(scorer, error);
 }
 
-/* What has run makes its children ready and gives its state back if it has none. */
+static void give_back(struct scorer *scorer, struct node_run *run)
+{
+    if (run->slot >= 0)
+        scorer->free_slots[scorer->n_free++] = run->slot;
+    run->slot = -1;
+}
+
+/* What has run makes its children ready; states that nothing will start from any more are given back. */
 static void settle(struct scorer *scorer)
 {
     for (int32_t seq = 0; seq < scorer->n_seqs; seq++) {
         const int32_t index = scorer->taken[seq];
+        const struct forest_node *node = &scorer->forest.nodes[index];
         struct node_run *run = &scorer->runs[index];
+        if (!run->n_run && node->parent >= 0 && !--scorer->runs[node->parent].n_to_come)
+            give_back(scorer, &scorer->runs[node->parent]);
         run->n_run += scorer->seq_starts[seq + 1] - scorer->seq_starts[seq];
-        if (run->n_run < own_tokens(&scorer->forest.nodes[index]))
+        if (run->n_run < own_tokens(node))
             continue;
         run->state = NODE_DONE;
-        if (!run->n_to_come) {
-            scorer->free_slots[scorer->n_free++] = run->slot;
-            run->slot = -1;
-        }
+        if (!run->n_to_come)
+            give_back(scorer, run);
     }
     scorer->n_ready = 0;
     for (int32_t i = 0; i < scorer->forest.n_nodes; i++) {
@@ -389,12 +386,11 @@ int scorer_advance(struct scorer *scorer, struct error *error)
 {
     if (!scorer->n_ready)
         return 0;
-    int status = fill_batch(scorer, error);
-    if (!status && !scorer->n_seqs)
-        status = error_set(error, ERROR_INVALID, "%" PRId32 " recurrent states are too few for these prompts",
-                           scorer->options.max_states);
-    if (!status)
-        status = run_batch(scorer, error);
+    fill_batch(scorer);
+    if (!scorer->n_seqs)
+        return error_set(error, ERROR_INVALID, "%" PRId32 " recurrent states are too few for these prompts",
+                         scorer->options.max_states);
+    int status = run_batch(scorer, error);
     if (!status)
         status = score_batch(scorer, error);
     if (status)

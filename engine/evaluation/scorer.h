@@ -1,6 +1,6 @@
 /* scorer.h: log-likelihoods of many requests by one model, each shared prefix run once. Device's owner thread.
  *
- * A window of requests becomes a forest (forest.h), whose nodes run in batches, from copies of their parents' recurrent states. On
+ * A window of requests becomes a forest (forest.h), whose nodes run in batches, from their parents' recurrent states. On
  * the CPU a request's score has the same bits whatever else is in the batch, wherever its row is cut, and however many
  * states and tokens there is room for. */
 #ifndef ENGINE_EVALUATION_SCORER_H
@@ -16,7 +16,8 @@
 struct scorer_options {
     const struct adapter *adapter; /* NULL = the base; outlives the scorer */
     int64_t max_tokens;            /* of a batch */
-    int32_t max_states;            /* sequences of a batch, and states kept for their children */
+    int32_t max_seqs;              /* the same */
+    int32_t max_states;            /* kept for nodes that go on, and for their children */
     bool share;                    /* false: every request is run by itself */
 };
 

@@ -181,7 +181,7 @@ enum runner_buffer {
     RUNNER_RESIDUAL, /* [T,d] fp32, the embeddings when the family begins */
     RUNNER_HIDDEN, /* [T,d] after the final norm when it ends; of the model's type of inference, as the next */
     RUNNER_ROWS,   /* [max_seqs,d] gathered for logits */
-    RUNNER_LOGITS,   /* [max_seqs,vocab] */
+    RUNNER_LOGITS,   /* [max_logits,vocab] */
     RUNNER_TARGETS,  /* [score rows] i32 */
     RUNNER_LOGPROBS, /* [score rows] */
     RUNNER_ARGMAX,   /* [score rows] i32 */
@@ -204,7 +204,7 @@ struct forward_part {
     int64_t row_begin, rows;    /* in the runner's buffers */
     int32_t n_seqs;
     const int32_t *seq_starts;     /* [n_seqs+1], from 0 */
-    const int32_t *slots;          /* NULL when there are no states */
+    const int32_t *from, *slots;   /* read, written; NULL when there are no states */
     struct state_pool *states;     /* or NULL */
     const struct lora_span *spans; /* cover all rows */
     int32_t n_spans;
@@ -213,7 +213,7 @@ struct forward_part {
 struct runner {
     struct model *model;
     int64_t max_tokens, score_rows, u_floats;
-    int32_t max_seqs;
+    int32_t max_seqs, max_logits; /* rows of logits: as many as sequences, or none */
     void *arena;
     void *buffers[PLAN_MAX];
     int64_t scratch_bytes;

@@ -103,9 +103,11 @@ int mamba_forward(struct runner *runner, const struct forward_part *part, struct
     for (flow.layer = 0; !status && flow.layer < c->n_layers; flow.layer++) {
         if (part->states) {
             float *state = part->states->pool + flow.layer * mamba_layer_state_floats(c);
-            flow.conv_state = (struct state_view){state, part->states->slot_floats, part->slots};
-            flow.scan_state = (struct state_view){state + (c->d_conv - 1) * c->d_inner,
-                                                  part->states->slot_floats, part->slots};
+            const int64_t stride = part->states->slot_floats, conv = (c->d_conv - 1) * c->d_inner;
+            flow.conv_from = (struct state_view){state, stride, part->from};
+            flow.conv_to = (struct state_view){state, stride, part->slots};
+            flow.scan_from = (struct state_view){state + conv, stride, part->from};
+            flow.scan_to = (struct state_view){state + conv, stride, part->slots};
         }
         status = layer_forward(&flow);
         flow.x = flow.output;

@@ -20,7 +20,7 @@ struct layer_flow {
     int64_t layer, rows;
     int32_t n_seqs;
     const int32_t *seq_starts;
-    struct state_view conv_state, scan_state;
+    struct state_view conv_from, conv_to, scan_from, scan_to;
     const void *x;         /* what is added to the residual stream, or NULL */
     const float *residual; /* may be residual_out, or NULL */
     float *residual_out, *rstd, *chunk_states;

@@ -234,6 +234,10 @@ int state_pool_copy(struct state_pool *pool, int32_t to, int32_t from);
 struct runner;
 int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, struct runner **ret_runner,
                   struct error *error);
+/* The same for scores alone: it takes no steps and has no room for logits, but scores as many rows at a time as a head of this model
+ * works best with. */
+int runner_create_for_scores(struct model *model, int64_t max_tokens, int32_t max_seqs,
+                             struct runner **ret_runner, struct error *error);
 void runner_free(struct runner *runner);
 
 struct forward_request {
@@ -241,6 +245,9 @@ struct forward_request {
     const int32_t *seq_starts; /* [n_seqs+1]; every sequence has at least one token */
     const int32_t *ids;        /* [seq_starts[n_seqs]], host */
     const int32_t *slots;      /* [n_seqs]: state read from and written back to; all different */
+    const int32_t *
+        from; /* [n_seqs]: state read from, where that is another, or several sequences' one; NULL = slots. Here and there
+                            -1: starts from zero, is not kept. What is written for one sequence must not be read for another */
     struct state_pool *states; /* NULL: every sequence starts from zero and no state is kept */
     const struct adapter_span *spans;
     int32_t n_spans; /* 0 = the base for all */
@@ -259,9 +266,9 @@ int runner_score(struct runner *runner, int64_t row_begin, int64_t row_end, cons
                  float *logprobs, int32_t *argmax, int32_t n_top, int32_t *top_ids, float *top_logprobs,
                  struct error *error);
 /* The same for rows anywhere in the last forward, each as often as is liked, at most runner_score_most() and all of one set of
- * weights: log p(target), and that of the most probable token. */
+ * weights: log p(target), and the most probable token. */
 int runner_score_rows(struct runner *runner, const int32_t *rows, int64_t n_rows, const int32_t *targets,
-                      float *logprobs, float *best, struct error *error);
+                      float *logprobs, int32_t *argmax, struct error *error);
 int64_t runner_score_most(const struct runner *runner);
 
 #endif

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SCORE_ROWS = 512, U_FLOATS_PER_ROW = 64 };
+enum { SCORE_ROWS = 512, DEVICE_SCORE_ROWS = 8192, U_FLOATS_PER_ROW = 64 };
 
 /* ---- making one ---- */
 
@@ -25,7 +25,8 @@ static void plan_runner(const struct runner *runner, struct plan *plan)
     plan_add(plan, RUNNER_RESIDUAL, PLAN_WORKSPACE, tokens * config->d_model, sizeof(float));
     plan_add(plan, RUNNER_HIDDEN, PLAN_WORKSPACE, tokens * config->d_model, act_bytes);
     plan_add(plan, RUNNER_ROWS, PLAN_WORKSPACE, (seqs > scored ? seqs : scored) * config->d_model, act_bytes);
-    plan_add(plan, RUNNER_LOGITS, PLAN_WORKSPACE, seqs * config->vocab_size, sizeof(float));
+    plan_add(plan, RUNNER_LOGITS, PLAN_WORKSPACE, (int64_t)runner->max_logits * config->vocab_size,
+             sizeof(float));
     plan_add(plan, RUNNER_TARGETS, PLAN_WORKSPACE, scored, sizeof(int32_t));
     plan_add(plan, RUNNER_LOGPROBS, PLAN_WORKSPACE, scored, sizeof(float));
     plan_add(plan, RUNNER_ARGMAX, PLAN_WORKSPACE, scored, sizeof(int32_t));
@@ -37,8 +38,8 @@ static void plan_runner(const struct runner *runner, struct plan *plan)
     model->family->runner_plan(config, tokens, runner->max_seqs, model->act, model->ops, plan);
 }
 
-int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, struct runner **ret_runner,
-                  struct error *error)
+static int make_runner(struct model *model, int64_t max_tokens, int32_t max_seqs, int32_t max_logits,
+                       int64_t score_rows, struct runner **ret_runner, struct error *error)
 {
     struct plan plan;
     if (max_tokens < 1 || max_tokens > INT32_MAX || max_seqs < 1)
@@ -49,7 +50,8 @@ int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, str
     runner->model = model;
     runner->max_tokens = max_tokens;
     runner->max_seqs = max_seqs;
-    runner->score_rows = max_tokens < SCORE_ROWS ? max_tokens : SCORE_ROWS;
+    runner->max_logits = max_logits;
+    runner->score_rows = max_tokens < score_rows ? max_tokens : score_rows;
     runner->u_floats = max_tokens * U_FLOATS_PER_ROW;
     if (runner->u_floats < LORA_MAX_RANK)
         runner->u_floats = LORA_MAX_RANK;
@@ -70,6 +72,22 @@ int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, str
     else
         *ret_runner = runner;
     return code;
+}
+
+int runner_create(struct model *model, int64_t max_tokens, int32_t max_seqs, struct runner **ret_runner,
+                  struct error *error)
+{
+    return make_runner(model, max_tokens, max_seqs, max_seqs, SCORE_ROWS, ret_runner, error);
+}
+
+int runner_create_for_scores(struct model *model, int64_t max_tokens, int32_t max_seqs,
+                             struct runner **ret_runner, struct error *error)
+{
+    struct kernel_device_info info;
+    if (model->ops->device_query(model->device, &info))
+        return error_set(error, ERROR_DEVICE, "cannot query the device");
+    return make_runner(model, max_tokens, max_seqs, 0, info.is_host ? SCORE_ROWS : DEVICE_SCORE_ROWS,
+                       ret_runner, error);
 }
 
 void runner_free(struct runner *runner)
@@ -116,8 +134,10 @@ static int check_request(const struct runner *runner, const struct forward_reque
     for (int32_t s = 0; s < request->n_seqs; s++) {
         if (request->seq_starts[s + 1] <= request->seq_starts[s])
             return error_set(error, ERROR_INVALID, "sequence %" PRId32 " has no tokens", s);
+        const int32_t none = request->from ? -1 : 0;
         if (request->states &&
-            (!request->slots || request->slots[s] < 0 || request->slots[s] >= request->states->n_slots))
+            (!request->slots || request->slots[s] < none || request->slots[s] >= request->states->n_slots ||
+             (request->from && (request->from[s] < none || request->from[s] >= request->states->n_slots))))
             return error_set(error, ERROR_INVALID, "sequence %" PRId32 " has no state slot", s);
     }
     int64_t rows = request->seq_starts[request->n_seqs];
@@ -154,6 +174,9 @@ static void make_parts(struct runner *runner, const struct forward_request *requ
         *part = (struct forward_part){.full = full,
                                       .row_begin = seq_starts[first],
                                       .states = request->states,
+                                      .from = !request->states ? NULL
+                                              : request->from  ? request->from + first
+                                                               : request->slots + first,
                                       .slots = request->states ? request->slots + first : NULL,
                                       .seq_starts = runner->starts + n_starts,
                                       .spans = runner->spans + n_placed};
@@ -245,7 +268,8 @@ int runner_lora(struct runner *runner, const struct forward_part *part, enum lor
 /* By the family's short path, or KERNEL_UNSUPPORTED. */
 static int step(struct runner *runner, const struct forward_request *request)
 {
-    if (!request->states || runner->n_parts != 1 || runner->n_rows != runner->n_seqs)
+    if (!request->states || request->from || !runner->max_logits || runner->n_parts != 1 ||
+        runner->n_rows != runner->n_seqs)
         return KERNEL_UNSUPPORTED;
     return runner->model->family->step(runner, &runner->parts[0], request->ids);
 }
@@ -320,9 +344,9 @@ int runner_logits(struct runner *runner, const int32_t *rows, int32_t n_rows, co
         rows = runner->last_rows;
         n_rows = runner->n_seqs;
     }
-    if (n_rows < 1 || n_rows > runner->max_seqs)
+    if (n_rows < 1 || n_rows > runner->max_logits)
         return error_set(error, ERROR_INVALID, "logits of %" PRId32 " rows where 1 to %" PRId32 " fit",
-                         n_rows, runner->max_seqs);
+                         n_rows, runner->max_logits);
     bool in_place = true;
     for (int32_t i = 0; i < n_rows; i++) {
         if (rows[i] < 0 || rows[i] >= runner->n_rows)
@@ -445,13 +469,12 @@ int64_t runner_score_most(const struct runner *runner)
 }
 
 int runner_score_rows(struct runner *runner, const int32_t *rows, int64_t n_rows, const int32_t *targets,
-                      float *logprobs, float *best, struct error *error)
+                      float *logprobs, int32_t *argmax, struct error *error)
 {
     const struct model *model = runner->model;
     const int64_t d = model->config.d_model;
     void *gathered = runner->buffers[RUNNER_ROWS];
-    int32_t best_ids[SCORE_ROWS];
-    int status = 0;
+    int status;
     if (n_rows < 1 || n_rows > runner->score_rows)
         return error_set(error, ERROR_INVALID, "scores of %" PRId64 " rows where 1 to %" PRId64 " fit",
                          n_rows, runner->score_rows);
@@ -460,14 +483,20 @@ int runner_score_rows(struct runner *runner, const int32_t *rows, int64_t n_rows
             targets[i] >= model->config.vocab_size || full_at(runner, rows[i]) != full_at(runner, rows[0]))
             return error_set(error, ERROR_INVALID, "row %" PRId32 " cannot be scored against %" PRId32,
                              rows[i], targets[i]);
-    for (int64_t i = 0, end; !status && i < n_rows; i = end) {
-        for (end = i + 1; end < n_rows && rows[end] == rows[end - 1] + 1;)
-            end++;
-        status = model->ops->copy(model->device, element_at(gathered, i * d, model->act),
-                                  element_at(runner->buffers[RUNNER_HIDDEN], rows[i] * d, model->act),
-                                  (size_t)((end - i) * d) * kernel_type_size(model->act));
-    }
+    /* Rows are looked up as embeddings are; the ids of the last forward have done their work. */
+    const struct embedding_forward_args gather = {.tokens = n_rows,
+                                                  .vocab = runner->n_rows,
+                                                  .d_model = d,
+                                                  .ids = runner->buffers[RUNNER_IDS],
+                                                  .table = runner->buffers[RUNNER_HIDDEN],
+                                                  .table_type = model->act,
+                                                  .act = model->act,
+                                                  .y = gathered};
+    status =
+        model->ops->copy_in(model->device, runner->buffers[RUNNER_IDS], rows, (size_t)n_rows * sizeof *rows);
     if (!status)
-        status = score_chunk(runner, rows[0], gathered, n_rows, targets, logprobs, NULL, 1, best_ids, best);
+        status = model->ops->embedding_forward(model->device, &gather);
+    if (!status)
+        status = score_chunk(runner, rows[0], gathered, n_rows, targets, logprobs, argmax, 0, NULL, NULL);
     return status ? model_status(status, error, "head") : 0;
 }

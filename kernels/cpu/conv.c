@@ -31,7 +31,7 @@ static float *state_of(const struct state_view *view, int32_t seq)
     if (view->pool == NULL)
         return NULL;
     int64_t slot = view->slots != NULL ? view->slots[seq] : seq;
-    return view->pool + slot * view->slot_stride;
+    return slot < 0 ? NULL : view->pool + slot * view->slot_stride;
 }
 
 /* A block of channels: [width][count] of weights, [count] of biases; zeros up to a whole vector. These and the

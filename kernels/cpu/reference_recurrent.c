@@ -11,7 +11,7 @@ static float *state_of(const struct state_view *view, int32_t seq)
     if (view->pool == NULL)
         return NULL;
     int64_t slot = view->slots != NULL ? view->slots[seq] : seq;
-    return view->pool + slot * view->slot_stride;
+    return slot < 0 ? NULL : view->pool + slot * view->slot_stride;
 }
 
 static double sigmoid(double v)

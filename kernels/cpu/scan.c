@@ -33,7 +33,7 @@ static float *state_of(const struct state_view *view, int32_t seq)
     if (view->pool == NULL)
         return NULL;
     int64_t slot = view->slots != NULL ? view->slots[seq] : seq;
-    return view->pool + slot * view->slot_stride;
+    return slot < 0 ? NULL : view->pool + slot * view->slot_stride;
 }
 
 /* Channels c .. c+lanes-1 through rows start..end-1. `states` is d_state, a constant where speed matters; h

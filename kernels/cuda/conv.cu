@@ -220,10 +220,10 @@ template <typename T> __global__ void final_kernel(struct conv_forward_args a)
 {
     int32_t s = (int32_t)blockIdx.x;
     int64_t c = (int64_t)blockIdx.y * BLOCK_THREADS + threadIdx.x;
-    if (c >= a.channels)
-        return;
     const float *from = state_of(a.initial, s);
     float *to = state_of(a.final, s);
+    if (c >= a.channels || to == NULL)
+        return;
     int64_t start = a.seq_starts[s], end = a.seq_starts[s + 1];
     for (int64_t j = 0; j < a.width - 1; j++) {
         int64_t t = end - a.width + 1 + j;

@@ -142,7 +142,8 @@ static __device__ __forceinline__ float *state_of(const struct state_view &view,
 {
     if (view.pool == NULL)
         return NULL;
-    return view.pool + (view.slots != NULL ? view.slots[seq] : seq) * view.slot_stride;
+    int32_t slot = view.slots != NULL ? view.slots[seq] : seq;
+    return slot < 0 ? NULL : view.pool + slot * view.slot_stride;
 }
 
 /* Puts the device's copy of the slots in the place of the caller's. */

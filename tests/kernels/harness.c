@@ -202,7 +202,7 @@ int32_t *cut_tokens(struct session *session, enum cut cut, int64_t tokens, int32
     return starts;
 }
 
-int32_t *permuted_slots(struct session *session, int32_t count)
+int32_t *permuted_slots(struct session *session, int32_t count, bool shared)
 {
     int32_t *slots = add_block(session, "slots", BLOCK_INPUT, TYPE_I32, 1, count, count);
     for (int32_t i = 0; i < count; i++)
@@ -213,6 +213,8 @@ int32_t *permuted_slots(struct session *session, int32_t count)
         slots[j] = slots[i];
         slots[i] = other;
     }
+    for (int32_t i = 1; i < count; i += 3)
+        slots[i] = shared && i % 2 ? slots[0] : -1;
     keep_copy(session);
     return slots;
 }

@@ -120,7 +120,7 @@ void *scratch_bytes(struct session *session, const char *name, int64_t bytes);
 /* Ways to cut tokens into sequences. Returns the starts (n_seqs + 1), freed with the session. */
 enum cut { CUT_ONE, CUT_SINGLES, CUT_MIXED, CUT_EMPTY_ENDS, CUT_COUNT, CUT_SHORT = CUT_COUNT };
 int32_t *cut_tokens(struct session *session, enum cut cut, int64_t tokens, int32_t *ret_n_seqs);
-/* A permutation of 0..count-1. */
-int32_t *permuted_slots(struct session *session, int32_t count);
+/* A permutation of 0..count-1, but for some that are -1 or, where they may be shared, that of the first. */
+int32_t *permuted_slots(struct session *session, int32_t count, bool shared);
 
 #endif

@@ -14,7 +14,8 @@ static void add_states(struct session *s, const struct recurrent_case *p, int32_
 {
     int64_t stride = state_size + 5;
     *initial = *final = (struct state_view){0};
-    int32_t *slots = p->permuted ? permuted_slots(s, n_seqs) : NULL;
+    int32_t *from = p->permuted ? permuted_slots(s, n_seqs, !p->one_pool) : NULL,
+            *slots = p->permuted && !p->one_pool ? permuted_slots(s, n_seqs, false) : from;
     if (p->one_pool) {
         float *pool = accumulated_rows(s, "states", n_seqs, state_size, stride, SUMMED);
         *initial = *final = (struct state_view){.pool = pool, .slot_stride = stride, .slots = slots};
@@ -24,11 +25,12 @@ static void add_states(struct session *s, const struct recurrent_case *p, int32_
         *initial = (struct state_view){
             .pool = input_rows(s, "initial", n_seqs, state_size, stride, -1, 1),
             .slot_stride = stride,
-            .slots = slots,
+            .slots = from,
         };
     if (p->final)
         *final = (struct state_view){
-            .pool = output_rows(s, "final", n_seqs, state_size, stride, SUMMED),
+            .pool = p->permuted ? accumulated_rows(s, "final", n_seqs, state_size, stride, SUMMED)
+                                : output_rows(s, "final", n_seqs, state_size, stride, SUMMED),
             .slot_stride = stride,
             .slots = slots,
         };

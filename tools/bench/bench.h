@@ -13,9 +13,10 @@
 enum { BENCH_CASES_MOST = 256, BENCH_PRECISIONS = PRECISION_FP16 + 1 };
 
 struct bench_options {
-    const char *adderd; /* the program to start, for modes that need a daemon */
-    const char *models; /* a models directory */
-    int threads;        /* 0 = all processors of the affinity mask */
+    const char *adderd;            /* the program to start, for modes that need a daemon */
+    const char *models;            /* a models directory */
+    const char *tasks, *documents; /* of evaluations: folders of definitions and data; NULL = none */
+    int threads;                   /* 0 = all processors of the affinity mask */
     bool cuda;
     int index;                               /* of the GPU */
     const char *cases[BENCH_CASES_MOST + 1]; /* from the command line, NULL at the end */
@@ -33,12 +34,16 @@ struct bench_options {
  *   recompute9      training: at least that level of recomputation
  *   within7.5       training: recompute what it takes to stay within so many GiB, weights included
  *   decode          decoding instead of training
- *   prompt64        decoding: tokens of each prompt */
+ *   prompt64        decoding: tokens of each prompt
+ *   evaluate        scoring hellaswag's documents; no BxL
+ *   shots5, docs1000, tokens16384, seqs2048, states512
+ *                   evaluating: examples in a prompt (0), the first so many documents (1000), tokens and sequences of a
+ *                   batch, recurrent states that are kept (what the device has use for) */
 struct bench_case {
     char model[64], text[160];
-    bool decode, adapted;
+    bool decode, evaluate, adapted;
     int32_t batch;
-    int64_t length, prompt, recompute, most_bytes;
+    int64_t length, prompt, recompute, most_bytes, shots, documents, tokens, seqs, states;
     enum precision precision;
     enum adaptation adaptation;
     struct lora_config lora;
@@ -101,7 +106,7 @@ const char *const *bench_cases(const struct bench_options *options, const char *
                                const char *const *cuda);
 /* Runs each case of these kinds (of the others none). One that fails is one row less, for the rest are still worth
  * having. Returns 1 when any did. */
-enum { BENCH_TRAINING = 1, BENCH_DECODING = 2 };
+enum { BENCH_TRAINING = 1, BENCH_DECODING = 2, BENCH_EVALUATING = 4 };
 typedef int bench_run(const struct bench_options *options, struct bench_report *report,
                       const struct bench_case *wanted, struct error *error);
 int bench_run_cases(const struct bench_options *options, struct bench_report *report, int kinds,
@@ -116,18 +121,19 @@ int bench_train(const struct bench_options *options, struct bench_report *report
 int bench_paper(const struct bench_options *options, struct bench_report *report);
 int bench_growth(const struct bench_options *options, struct bench_report *report);
 int bench_decode(const struct bench_options *options, struct bench_report *report);
+int bench_evaluate(const struct bench_options *options, struct bench_report *report);
 int bench_serve(const struct bench_options *options, struct bench_report *report);
 
 /* ---- steps, for `ops` to look into ---- */
 
 /* Something that does the same step again and again. */
 struct bench_steps {
-    int (*open)(struct bench_steps *steps, const struct bench_case *wanted, struct bench_bed *bed,
-                struct error *error);
+    int (*open)(struct bench_steps *steps, const struct bench_options *options,
+                const struct bench_case *wanted, struct bench_bed *bed, struct error *error);
     int (*step)(struct bench_steps *steps, struct error *error);
     void (*close)(struct bench_steps *steps);
     void *state;
 };
-extern const struct bench_steps bench_training_steps, bench_decoding_steps;
+extern const struct bench_steps bench_training_steps, bench_decoding_steps, bench_evaluating_steps;
 
 #endif

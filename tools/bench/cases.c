@@ -67,7 +67,11 @@ static bool read_word(const char *word, struct bench_case *wanted)
         return true;
     if (!strcmp(word, "decode"))
         return wanted->decode = true;
-    if (read_number(word, "prompt", &wanted->prompt))
+    if (!strcmp(word, "evaluate"))
+        return wanted->evaluate = true;
+    if (read_number(word, "prompt", &wanted->prompt) || read_number(word, "shots", &wanted->shots) ||
+        read_number(word, "docs", &wanted->documents) || read_number(word, "tokens", &wanted->tokens) ||
+        read_number(word, "seqs", &wanted->seqs) || read_number(word, "states", &wanted->states))
         return true;
     if (read_number(word, "r", &number)) {
         wanted->lora.rank = (int32_t)number;
@@ -83,8 +87,10 @@ static bool read_word(const char *word, struct bench_case *wanted)
 
 int bench_case_parse(const char *text, struct bench_case *ret_case, struct error *error)
 {
-    struct bench_case wanted = {
-        .prompt = 64, .precision = PRECISION_FP32, .lora = {.targets = TARGETS_DEFAULT, .rank = 8}};
+    struct bench_case wanted = {.prompt = 64,
+                                .documents = 1000,
+                                .precision = PRECISION_FP32,
+                                .lora = {.targets = TARGETS_DEFAULT, .rank = 8}};
     char words[sizeof wanted.text], *at = NULL;
     if (snprintf(words, sizeof words, "%s", text) >= (int)sizeof words)
         return error_set(error, ERROR_INVALID, "a case is too long: %s", text);
@@ -94,7 +100,7 @@ int bench_case_parse(const char *text, struct bench_case *ret_case, struct error
     while ((word = strtok_r(NULL, " ", &at)))
         if (!read_word(word, &wanted))
             return error_set(error, ERROR_INVALID, "\"%s\" of the case \"%s\" means nothing", word, text);
-    if (!*wanted.model || !wanted.batch)
+    if (!*wanted.model || (!wanted.batch && !wanted.evaluate))
         return error_set(error, ERROR_INVALID, "the case \"%s\" lacks its model or its size", text);
     wanted.lora.alpha = 2 * (float)wanted.lora.rank;
     *ret_case = wanted;
@@ -155,7 +161,9 @@ int bench_run_cases(const struct bench_options *options, struct bench_report *re
         struct bench_case wanted;
         struct error error = {0};
         int code = bench_case_parse(*cases, &wanted, &error);
-        if (!code && !(kinds & (wanted.decode ? BENCH_DECODING : BENCH_TRAINING)))
+        if (!code && !(kinds & (wanted.decode     ? BENCH_DECODING
+                                : wanted.evaluate ? BENCH_EVALUATING
+                                                  : BENCH_TRAINING)))
             continue;
         if (!code)
             code = run(options, report, &wanted, &error);

@@ -108,9 +108,10 @@ static int decoding_step(struct bench_steps *steps, struct error *error)
 }
 
 /* Past the prompts. */
-static int decoding_open(struct bench_steps *steps, const struct bench_case *wanted, struct bench_bed *bed,
-                         struct error *error)
+static int decoding_open(struct bench_steps *steps, const struct bench_options *options,
+                         const struct bench_case *wanted, struct bench_bed *bed, struct error *error)
 {
+    (void)options;
     int code = prepare(steps, wanted, bed, error);
     if (code)
         return code;

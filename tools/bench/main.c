@@ -26,6 +26,8 @@ static const struct mode {
     {"paper", ON_CUDA, bench_paper, "the same for every precision and adaptation, 130m to 2.8b"},
     {"growth", ON_CUDA, bench_growth, "the same for rows of 512 to 65,536 tokens"},
     {"decode", ON_CPU | ON_CUDA, bench_decode, "completions through the generator"},
+    {"evaluate", 0, bench_evaluate,
+     "an evaluation of hellaswag at several shot counts; wants --eval-data-dir"},
     {"serve", ON_CPU, bench_serve, "the daemon: start, memory, latency under load"},
 };
 enum { N_MODES = sizeof(modes) / sizeof(modes[0]) };
@@ -98,18 +100,22 @@ static int write_json(const struct bench_report *report, const char *path)
 
 static void usage(FILE *file)
 {
-    fprintf(file,
-            "usage: adderd-bench [options] [mode ...]\n\n"
-            "  --device DEVICE  cpu (the default) or cuda:N\n"
-            "  --threads N      threads of the CPU's kernels (0: all processors)\n"
-            "  --models-dir DIR where the models are (models)\n"
-            "  --case CASE      for ops, train and decode instead of their own; several are taken:\n"
-            "                   'MODEL BxL [lora|full] [TARGETS] [rN] [fp32|tf32|bf16|fp16] [withinG] "
-            "[recomputeN]'\n"
-            "                   'MODEL BxL decode [lora] [promptN]'\n"
-            "  --adderd PATH    the program that `serve` starts (build/adderd)\n"
-            "  --json FILE      write every figure there as well\n\n"
-            "modes, all that the device has when none is named; its ceilings are always measured first:\n");
+    fprintf(
+        file,
+        "usage: adderd-bench [options] [mode ...]\n\n"
+        "  --device DEVICE  cpu (the default) or cuda:N\n"
+        "  --threads N      threads of the CPU's kernels (0: all processors)\n"
+        "  --models-dir DIR where the models are (models)\n"
+        "  --tasks-dir DIR  where the tasks' definitions are (tasks)\n"
+        "  --eval-data-dir DIR  where their documents are\n"
+        "  --case CASE      for ops, train, decode and evaluate instead of their own; several are taken:\n"
+        "                   'MODEL BxL [lora|full] [TARGETS] [rN] [fp32|tf32|bf16|fp16] [withinG] "
+        "[recomputeN]'\n"
+        "                   'MODEL BxL decode [lora] [promptN]'\n"
+        "                   'MODEL evaluate [lora] [shotsN] [docsN]'\n"
+        "  --adderd PATH    the program that `serve` starts (build/adderd)\n"
+        "  --json FILE      write every figure there as well\n\n"
+        "modes, all that the device has when none is named; its ceilings are always measured first:\n");
     for (int i = 0; i < N_MODES; i++)
         fprintf(file, "  %-16s %s\n", modes[i].name, modes[i].about);
 }
@@ -158,11 +164,13 @@ int main(int argc, char **argv)
         {"case", required_argument, NULL, 'c'},
         {"adderd", required_argument, NULL, 'a'},
         {"models-dir", required_argument, NULL, 'm'},
+        {"tasks-dir", required_argument, NULL, 'k'},
+        {"eval-data-dir", required_argument, NULL, 'e'},
         {"json", required_argument, NULL, 'j'},
         {"help", no_argument, NULL, 'h'},
         {0},
     };
-    struct bench_options options = {.adderd = "build/adderd", .models = "models"};
+    struct bench_options options = {.adderd = "build/adderd", .models = "models", .tasks = "tasks"};
     struct bench_report report = {0};
     const char *json = NULL;
     int option;
@@ -173,6 +181,10 @@ int main(int argc, char **argv)
             options.adderd = optarg;
         else if (option == 'm')
             options.models = optarg;
+        else if (option == 'k')
+            options.tasks = optarg;
+        else if (option == 'e')
+            options.documents = optarg;
         else if (option == 'j')
             json = optarg;
         else if (option == 'c' && options.n_cases < BENCH_CASES_MOST)

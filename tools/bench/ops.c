@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WARM_STEPS = 2, STEPS = 3, ROWS_MOST = 256, CALLS_MOST = KERNEL_MARKS / 2 };
+enum { WARM_STEPS = 2, STEPS = 3, EVALUATING_STEPS = 20, ROWS_MOST = 256, CALLS_MOST = KERNEL_MARKS / 2 };
 
 /* What an op costs at least. */
 struct cost {
@@ -416,7 +416,7 @@ static int compare_rows(const void *a, const void *b)
 
 /* The share of the ceiling: the time that the arithmetic would need at the rate of products, or the bytes at
  * memory's, whichever is longer, over the time taken. */
-static void print_rows(struct bench_report *report, double step)
+static void print_rows(struct bench_report *report, int steps, double step)
 {
     double inside = 0;
     qsort(profile.rows, (size_t)profile.n_rows, sizeof *profile.rows, compare_rows);
@@ -424,8 +424,8 @@ static void print_rows(struct bench_report *report, double step)
            "GB/s", "ceiling");
     for (int i = 0; i < profile.n_rows; i++) {
         const struct row *row = &profile.rows[i];
-        double calls = row->calls / STEPS, seconds = row->seconds / STEPS;
-        double flop = row->flop / STEPS, bytes = row->bytes / STEPS;
+        double calls = row->calls / steps, seconds = row->seconds / steps;
+        double flop = row->flop / steps, bytes = row->bytes / steps;
         double arithmetic = flop / report->machine.matrix[row->precision];
         double traffic = bytes / report->machine.memory;
         double share = (arithmetic > traffic ? arithmetic : traffic) / seconds;
@@ -448,20 +448,23 @@ static void print_rows(struct bench_report *report, double step)
 static int run_case(const struct bench_options *options, struct bench_report *report,
                     const struct bench_case *wanted, struct error *error)
 {
-    struct bench_steps steps = wanted->decode ? bench_decoding_steps : bench_training_steps;
+    struct bench_steps steps = wanted->decode     ? bench_decoding_steps
+                               : wanted->evaluate ? bench_evaluating_steps
+                                                  : bench_training_steps;
+    const int n_steps = wanted->evaluate ? EVALUATING_STEPS : STEPS; /* those differ from each other */
     struct bench_bed bed = {0};
     char title[256];
     int code = bench_bed_open(options, wanted, wrap(bench_backend(options)), &bed, error);
     if (!code)
-        code = steps.open(&steps, wanted, &bed, error);
+        code = steps.open(&steps, options, wanted, &bed, error);
     for (int i = 0; i < WARM_STEPS && !code; i++)
         code = steps.step(&steps, error);
     if (!code)
         forget(bed.device);
     double began = bench_now();
-    for (int i = 0; i < STEPS && !code; i++)
+    for (int i = 0; i < n_steps && !code; i++)
         code = steps.step(&steps, error);
-    double step = (bench_now() - began) / STEPS;
+    double step = (bench_now() - began) / n_steps;
     if (!code)
         collect(bed.device);
     if (!code && profile.status)
@@ -469,7 +472,7 @@ static int run_case(const struct bench_options *options, struct bench_report *re
     if (!code) {
         snprintf(title, sizeof title, "ops, %s", wanted->text);
         bench_title(report, title);
-        print_rows(report, step);
+        print_rows(report, n_steps, step);
     }
     steps.close(&steps);
     bench_bed_close(&bed);
@@ -486,6 +489,6 @@ int bench_ops(const struct bench_options *options, struct bench_report *report)
                                        "130m 1x128 decode",
                                        "2.8b 64x128 decode",
                                        NULL};
-    return bench_run_cases(options, report, BENCH_TRAINING | BENCH_DECODING, bench_cases(options, cpu, cuda),
-                           run_case);
+    return bench_run_cases(options, report, BENCH_TRAINING | BENCH_DECODING | BENCH_EVALUATING,
+                           bench_cases(options, cpu, cuda), run_case);
 }

@@ -61,9 +61,10 @@ static void training_close(struct bench_steps *steps)
     steps->state = NULL;
 }
 
-static int training_open(struct bench_steps *steps, const struct bench_case *wanted, struct bench_bed *bed,
-                         struct error *error)
+static int training_open(struct bench_steps *steps, const struct bench_options *options,
+                         const struct bench_case *wanted, struct bench_bed *bed, struct error *error)
 {
+    (void)options;
     struct training *training = calloc(1, sizeof *training);
     struct model *model = bed->model;
     const struct plan_request request = {.adaptation = wanted->adaptation,
@@ -179,7 +180,7 @@ static int run_case(const struct bench_options *options, struct bench_report *re
     double seconds[STEPS];
     int code = bench_bed_open(options, wanted, bench_backend(options), &bed, error);
     if (!code)
-        code = steps.open(&steps, wanted, &bed, error);
+        code = steps.open(&steps, options, wanted, &bed, error);
     int warm = WARM_STEPS, n_steps = STEPS;
     for (int i = 0; i < warm + n_steps && !code; i++) {
         double began = bench_now();

@@ -81,7 +81,7 @@ static int close_fixture(void **state)
 
 struct way {
     int64_t max_tokens;
-    int32_t max_states, window; /* rows of a window */
+    int32_t max_seqs, max_states, window; /* rows of a window */
     bool share, backwards;
 };
 
@@ -91,8 +91,10 @@ static struct scorer_status score(const struct fixture *fixture, const struct wa
     struct error error = {0};
     struct scorer *scorer;
     struct scorer_status status;
-    struct scorer_options options = {
-        .max_tokens = way->max_tokens, .max_states = way->max_states, .share = way->share};
+    struct scorer_options options = {.max_tokens = way->max_tokens,
+                                     .max_seqs = way->max_seqs,
+                                     .max_states = way->max_states,
+                                     .share = way->share};
     must(scorer_create(fixture->model, &options, &scorer, &error), &error);
     for (int32_t begin = 0; begin < ROWS; begin += way->window) {
         struct forest_row rows[ROWS];
@@ -117,7 +119,7 @@ static struct scorer_status score(const struct fixture *fixture, const struct wa
 static void test_scores_are_those_of_a_plain_forward(void **state)
 {
     const struct fixture *fixture = *state;
-    const struct way way = {2048, 32, ROWS, true, false};
+    const struct way way = {2048, 32, 32, ROWS, true, false};
     struct request_score scores[ROWS];
     struct error error = {0};
     struct runner *runner;
@@ -149,9 +151,9 @@ static void test_the_same_bits_however_it_is_cut(void **state)
 {
     const struct fixture *fixture = *state;
     static const struct way ways[] = {
-        {4096, 64, ROWS, true, false},  {4096, 64, ROWS, true, true}, {128, 64, ROWS, true, false},
-        {200, 4, ROWS, true, false},    {4096, 64, 3, true, false},   {128, 5, 7, true, true},
-        {4096, 64, ROWS, false, false}, {4096, 64, 1, false, false},  {137, 3, 5, false, true},
+        {4096, 64, 64, ROWS, true, false},  {4096, 64, 64, ROWS, true, true}, {128, 64, 9, ROWS, true, false},
+        {200, 4, 4, ROWS, true, false},     {4096, 64, 64, 3, true, false},   {128, 1, 5, 7, true, true},
+        {4096, 64, 64, ROWS, false, false}, {4096, 64, 2, 1, false, false},   {137, 3, 3, 5, false, true},
     };
     struct request_score first[ROWS], scores[ROWS];
     struct scorer_status whole = score(fixture, &ways[0], first);
@@ -189,7 +191,7 @@ static void test_greedy(void **state)
     }
     const struct forest_row rows[] = {{ids[0], n + 1, n}, {ids[1], n + 1, n}};
     struct request_score scores[2];
-    struct scorer_options options = {.max_tokens = 512, .max_states = 4, .share = true};
+    struct scorer_options options = {.max_tokens = 512, .max_seqs = 4, .max_states = 4, .share = true};
     must(scorer_create(fixture->model, &options, &scorer, &error), &error);
     must(scorer_begin(scorer, rows, 2, scores, &error), &error);
     while (scorer_advance(scorer, &error) > 0)
