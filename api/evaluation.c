@@ -158,7 +158,7 @@ static json_t *sum_encode(const struct evaluation_sum *sum)
     return result;
 }
 
-static json_t *results_encode(const struct evaluation_unit_resource *units, size_t count)
+json_t *evaluation_results_encode(const struct evaluation_unit_resource *units, size_t count)
 {
     struct evaluation_sum *sums;
     int64_t n_sums = evaluation_sum_up(units, count, &sums);
@@ -179,29 +179,28 @@ json_t *evaluation_encode(const struct job_resource *job, const struct evaluatio
     json_t *settings = encode_stored(job->hyperparameters);
     const bool has_estimate = job->status == JOB_RUNNING && isfinite(job->eta_seconds) &&
                               job->eta_seconds >= 0 && job->eta_seconds < 1e9;
-    json_t *json = json_pack(
-        "{s:o, s:s, s:I, s:o, s:o, s:s, s:O?, s:O?, s:O?, s:O?, s:O?, s:O?, s:I, s:o, s:o, s:o}", "id",
-        text_json(job->id), "object", "evaluation", "created_at", (json_int_t)job->created_at, "started_at",
-        encode_time(job->started_at), "finished_at", encode_time(job->finished_at), "status",
-        job_status_name(job->status), "model", json_object_get(settings, "models"), "tasks",
-        json_object_get(settings, "tasks"), "num_fewshot", json_object_get(settings, "num_fewshot"), "limit",
-        json_object_get(settings, "limit"), "max_length", json_object_get(settings, "max_length"),
-        "reuse_states", json_object_get(settings, "share"), "seed", (json_int_t)job->seed, "metadata",
+    json_t *json = evaluation_settings_encode(settings, (int64_t)job->seed);
+    json_t *head = json_pack(
+        "{s:o, s:s, s:I, s:o, s:o, s:s, s:O?, s:o, s:o, s:o, s:o}", "id", text_json(job->id), "object",
+        "evaluation", "created_at", (json_int_t)job->created_at, "started_at", encode_time(job->started_at),
+        "finished_at", encode_time(job->finished_at), "status", job_status_name(job->status), "model",
+        json_object_get(settings, "models"), "fine_tuning_job", text_json_or_null(job->parent), "metadata",
         encode_stored(job->metadata), "estimated_finish",
         has_estimate ? json_integer(now + (int64_t)ceil(job->eta_seconds)) : json_null(), "error",
         encode_job_error(job));
     json_t *more = json_pack("{s:o, s:{s:I, s:o, s:o, s:o, s:o, s:o}}", "results",
-                             units ? results_encode(units, count) : json_null(), "progress", "examples",
-                             (json_int_t)job->step, "total_examples",
+                             units ? evaluation_results_encode(units, count) : json_null(), "progress",
+                             "examples", (json_int_t)job->step, "total_examples",
                              job->total_steps ? json_integer(job->total_steps) : json_null(),
                              "tokens_per_second", encode_number(job->tokens_per_second), "eta_seconds",
                              encode_number(job->eta_seconds), "queue_position",
                              job->queue_position >= 0 ? json_integer(job->queue_position) : json_null(),
                              "device", text_json_or_null(job->device));
-    if (json && (!more || json_object_update(json, more))) {
+    if (json && (!head || !more || json_object_update(json, head) || json_object_update(json, more))) {
         json_decref(json);
         json = NULL;
     }
+    json_decref(head);
     json_decref(more);
     json_decref(settings);
     return json;

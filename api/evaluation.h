@@ -1,7 +1,8 @@
-/* evaluation.h: units of an evaluation put together. Private to api/. */
+/* evaluation.h: units of an evaluation put together; what requests for evaluations have in common. Private to api/. */
 #ifndef API_EVALUATION_H
 #define API_EVALUATION_H
 
+#include "api/decode.h"
 #include "api/resources.h"
 
 #include <stddef.h>
@@ -22,5 +23,20 @@ struct evaluation_sum {
  * -1 (no memory). */
 int64_t evaluation_sum_up(const struct evaluation_unit_resource *units, size_t count,
                           struct evaluation_sum **ret_sums);
+
+/* evaluation_request.c: the keys of an evaluation but for its models and metadata, into settings without models (a new reference,
+ * NULL with a problem) and the seed; and the settings as clients know them. */
+enum { EVALUATION_KEYS = 6 };
+extern const char *const evaluation_keys[EVALUATION_KEYS];
+json_t *evaluation_settings_decode(const struct decoder *body, int64_t *ret_seed);
+json_t *evaluation_settings_encode(const json_t *settings, int64_t seed);
+/* A list of one or several names. NULL with a problem. */
+json_t *evaluation_names_decode(const struct decoder *body, const char *key, size_t max);
+
+/* job_evaluations.c: "evaluations" of a fine-tuning job into what struct job_request holds; *ret_evaluations stays as it is where there
+ * are none. */
+int job_evaluations_decode(const struct decoder *body, json_t **ret_evaluations);
+/* As clients see it, with the evaluations that were made. null where evaluations is NULL. */
+json_t *job_evaluations_encode(const char *evaluations, const char *jobs);
 
 #endif

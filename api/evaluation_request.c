@@ -11,6 +11,7 @@
 #include "api/requests.h"
 
 #include "api/decode.h"
+#include "api/evaluation.h"
 
 #include <string.h>
 
@@ -36,7 +37,7 @@ static bool has_twice(const json_t *list, size_t index)
     return false;
 }
 
-static json_t *names_decode(const struct decoder *body, const char *key, size_t max)
+json_t *evaluation_names_decode(const struct decoder *body, const char *key, size_t max)
 {
     if (!decode_get(body, key)) {
         decode_refuse(body, key, "is required.");
@@ -82,35 +83,61 @@ static json_t *integer_or_null(int64_t value)
     return value ? json_integer(value) : json_null();
 }
 
+const char *const evaluation_keys[EVALUATION_KEYS] = {"tasks", "num_fewshot", "limit",
+                                                      "seed",  "max_length",  "reuse_states"};
+
+json_t *evaluation_settings_decode(const struct decoder *body, int64_t *ret_seed)
+{
+    int64_t limit = 0, max_length = 0, seed = 1234;
+    bool share = true;
+    if (decode_integer(body, "limit", 1, INT32_MAX, &limit) ||
+        decode_integer(body, "seed", 0, INT64_C(9007199254740991), &seed) ||
+        decode_integer(body, "max_length", 2, 1 << 20, &max_length) ||
+        decode_bool(body, "reuse_states", &share))
+        return NULL;
+    json_t *tasks = evaluation_names_decode(body, "tasks", EVALUATION_MAX_TASKS);
+    json_t *shots = tasks ? shots_decode(body) : NULL;
+    json_t *settings = shots ? json_pack("{s:O, s:O, s:o, s:o, s:b}", "tasks", tasks, "num_fewshot", shots,
+                                         "limit", integer_or_null(limit), "max_length",
+                                         integer_or_null(max_length), "share", (int)share)
+                             : NULL;
+    json_decref(tasks);
+    json_decref(shots);
+    *ret_seed = seed;
+    return settings;
+}
+
+json_t *evaluation_settings_encode(const json_t *settings, int64_t seed)
+{
+    return json_pack("{s:O?, s:O?, s:O?, s:O?, s:O?, s:I}", "tasks", json_object_get(settings, "tasks"),
+                     "num_fewshot", json_object_get(settings, "num_fewshot"), "limit",
+                     json_object_get(settings, "limit"), "max_length",
+                     json_object_get(settings, "max_length"), "reuse_states",
+                     json_object_get(settings, "share"), "seed", (json_int_t)seed);
+}
+
 int evaluation_request_decode(const json_t *json, struct evaluation_request *ret_request,
                               struct problem *problem)
 {
-    static const char *const names[] = {"model", "tasks",      "num_fewshot",  "limit",
-                                        "seed",  "max_length", "reuse_states", "metadata"};
     struct decoder body = {json, "", problem};
-    int64_t limit = 0, max_length = 0, seed = 1234;
-    bool share = true;
+    const char *names[EVALUATION_KEYS + 2] = {"model", "metadata"};
+    int64_t seed = 0;
     json_t *metadata = NULL;
+    memcpy(names + 2, evaluation_keys, sizeof evaluation_keys);
     problem_set(problem, 503, "out_of_memory", NULL, "The server is out of memory.");
-    if (decode_only(&body, names, sizeof names / sizeof *names) ||
-        decode_integer(&body, "limit", 1, INT32_MAX, &limit) ||
-        decode_integer(&body, "seed", 0, INT64_C(9007199254740991), &seed) ||
-        decode_integer(&body, "max_length", 2, 1 << 20, &max_length) ||
-        decode_bool(&body, "reuse_states", &share) || decode_metadata(&body, &metadata))
+    if (decode_only(&body, names, sizeof names / sizeof *names) || decode_metadata(&body, &metadata))
         return -1;
-    json_t *models = names_decode(&body, "model", EVALUATION_MAX_MODELS);
-    json_t *tasks = models ? names_decode(&body, "tasks", EVALUATION_MAX_TASKS) : NULL;
-    json_t *shots = tasks ? shots_decode(&body) : NULL;
-    json_t *settings = shots ? json_pack("{s:O, s:O, s:O, s:o, s:o, s:b}", "models", models, "tasks", tasks,
-                                         "num_fewshot", shots, "limit", integer_or_null(limit), "max_length",
-                                         integer_or_null(max_length), "share", (int)share)
-                             : NULL;
+    json_t *models = evaluation_names_decode(&body, "model", EVALUATION_MAX_MODELS);
+    json_t *settings = models ? evaluation_settings_decode(&body, &seed) : NULL;
+    if (settings && json_object_set(settings, "models", models)) {
+        json_decref(settings);
+        settings = NULL;
+    }
     json_decref(models);
-    json_decref(tasks);
-    json_decref(shots);
     if (!settings)
         return -1;
-    *ret_request = (struct evaluation_request){json_incref(metadata), (uint64_t)seed, settings};
+    *ret_request = (struct evaluation_request){
+        .metadata = json_incref(metadata), .seed = (uint64_t)seed, .settings = settings};
     return 0;
 }
 

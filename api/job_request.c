@@ -18,6 +18,7 @@
 #include "api/requests.h"
 
 #include "api/decode.h"
+#include "api/evaluation.h"
 #include "api/text.h"
 
 #include <stdio.h>
@@ -36,7 +37,7 @@ static const char *const hyperparameter_names[] = {
 };
 static const char *const body_names[] = {
     "model",    "training_file", "validation_file", "suffix",       "seed",
-    "metadata", "method",        "hyperparameters", "integrations",
+    "metadata", "method",        "hyperparameters", "integrations", "evaluations",
 };
 
 enum { SOURCE_METHOD, SOURCE_HYPERPARAMETERS, SOURCE_BODY, SOURCE_COUNT };
@@ -394,9 +395,13 @@ int job_request_decode(const json_t *json, struct job_request *ret_request, stru
     if (integrations && !(json_is_array(integrations) && !json_array_size(integrations)))
         return decode_refuse(&body, "integrations", "there are none here; leave it out.");
 
-    json_t *resolved = hyperparameters_decode(&sources, *validation_file);
-    if (!resolved)
+    if (job_evaluations_decode(&body, &request.evaluations))
         return -1;
+    json_t *resolved = hyperparameters_decode(&sources, *validation_file);
+    if (!resolved) {
+        json_decref(request.evaluations);
+        return -1;
+    }
     snprintf(request.model, sizeof request.model, "%s", model);
     snprintf(request.training_file, sizeof request.training_file, "%s", training_file);
     snprintf(request.validation_file, sizeof request.validation_file, "%s", validation_file);
@@ -413,6 +418,6 @@ void job_request_free(struct job_request *request)
 {
     json_decref(request->metadata);
     json_decref(request->hyperparameters);
-    request->metadata = NULL;
-    request->hyperparameters = NULL;
+    json_decref(request->evaluations);
+    request->metadata = request->hyperparameters = request->evaluations = NULL;
 }

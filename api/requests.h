@@ -45,6 +45,9 @@ struct job_request {
     uint64_t seed;
     json_t *metadata;        /* object or NULL: at most 16 pairs, keys of 64, values of 512 characters */
     json_t *hyperparameters; /* object: every key of API.md, checked and resolved, but for precision "auto" */
+    /* NULL, or {"settings": an evaluation's, without models,"seed","at": ["checkpoints","end"] or one of them,"keep_best":
+     * {"task","metric","num_fewshot"}|null} */
+    json_t *evaluations;
 };
 /* method.supervised.hyperparameters, the top-level hyperparameters (older clients), and our own keys beside
  * either are merged; a key given twice with different values, and an unknown one, is refused by name. */
@@ -54,7 +57,8 @@ void job_request_free(struct job_request *request);
 /* ---- evaluations ---- */
 enum { EVALUATION_MAX_MODELS = 64, EVALUATION_MAX_TASKS = 256, EVALUATION_MAX_SHOT_COUNTS = 16 };
 struct evaluation_request {
-    json_t *metadata; /* as a job's */
+    json_t *metadata;      /* as a job's */
+    char parent[ID_BYTES]; /* the fine-tuning job that names it, or "" */
     uint64_t seed;
     /* {"models": [id...],"tasks": [name or file id...],"num_fewshot": [n...],"limit": n|null,"max_length": n|null,
      * "share": bool}, all there */

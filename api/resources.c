@@ -2,6 +2,7 @@
 #include "api/resources.h"
 
 #include "api/encode.h"
+#include "api/evaluation.h"
 #include "api/text.h"
 
 #include <math.h>
@@ -72,8 +73,9 @@ void job_free(struct job_resource *job)
 {
     free(job->hyperparameters);
     free(job->metadata);
-    job->hyperparameters = NULL;
-    job->metadata = NULL;
+    free(job->evaluations);
+    free(job->evaluation_jobs);
+    job->hyperparameters = job->metadata = job->evaluations = job->evaluation_jobs = NULL;
 }
 
 json_t *encode_job_error(const struct job_resource *job)
@@ -115,15 +117,16 @@ json_t *job_encode(const struct job_resource *job, const char *organization, int
         encode_time(job->finished_at), "model", text_json(job->model), "fine_tuned_model",
         text_json_or_null(job->fine_tuned_model), "organization_id", text_json(organization));
     json_t *more = json_pack(
-        "{s:s, s:o, s:o, s:o, s:o, s:O, s:{s:s, s:{s:O}}, s:I, s:o, s:o, s:o, s:[], s:o}", "status",
+        "{s:s, s:o, s:o, s:o, s:o, s:O, s:{s:s, s:{s:O}}, s:o, s:I, s:o, s:o, s:o, s:[], s:o}", "status",
         job_status_name(job->status), "result_files",
         job->result_file[0] ? json_pack("[o]", text_json(job->result_file)) : json_array(), "trained_tokens",
         job->trained_tokens >= 0 ? json_integer(job->trained_tokens) : json_null(), "training_file",
         text_json(job->training_file), "validation_file", text_json_or_null(job->validation_file),
         "hyperparameters", hyperparameters, "method", "type", "supervised", "supervised", "hyperparameters",
-        hyperparameters, "seed", (json_int_t)job->seed, "metadata", encode_stored(job->metadata),
-        "estimated_finish", has_estimate ? json_integer(now + (int64_t)ceil(job->eta_seconds)) : json_null(),
-        "error", encode_job_error(job), "integrations", "progress", job_progress_encode(job));
+        hyperparameters, "evaluations", job_evaluations_encode(job->evaluations, job->evaluation_jobs),
+        "seed", (json_int_t)job->seed, "metadata", encode_stored(job->metadata), "estimated_finish",
+        has_estimate ? json_integer(now + (int64_t)ceil(job->eta_seconds)) : json_null(), "error",
+        encode_job_error(job), "integrations", "progress", job_progress_encode(job));
     if (json && (!more || json_object_update(json, more))) {
         json_decref(json);
         json = NULL;

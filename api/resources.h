@@ -54,8 +54,12 @@ struct job_resource {
     enum job_status status;
     char training_file[ID_BYTES], validation_file[ID_BYTES], result_file[ID_BYTES];
     uint64_t seed;
-    char *hyperparameters;  /* JSON object text, every value resolved; owned, freed by job_free */
-    char *metadata;         /* JSON object text or NULL; owned */
+    char *hyperparameters; /* JSON object text, every value resolved; owned, freed by job_free */
+    char *metadata;        /* JSON object text or NULL; owned */
+    char parent[ID_BYTES]; /* of an evaluation: the fine-tuning job that named it, or "" */
+    /* Of a fine-tuning job: the evaluations it names (api/requests.h's job_request), and those that were made of them so far, a
+     * JSON array of {"id","model"}; each NULL where there are none; owned. */
+    char *evaluations, *evaluation_jobs;
     int64_t trained_tokens; /* -1 -> null */
     char error_code[64], error_param[64], error_message[4096];
     int64_t attempt; /* how often a worker was given it */
@@ -110,6 +114,8 @@ struct evaluation_unit_resource {
 /* The resource. units may be NULL: then "results" is null. */
 json_t *evaluation_encode(const struct job_resource *job, const struct evaluation_unit_resource *units,
                           size_t count, int64_t now);
+/* Its results alone: a list, whole tasks before their subtasks. */
+json_t *evaluation_results_encode(const struct evaluation_unit_resource *units, size_t count);
 /* The paper's table (evaluation_report.c says what is in it). */
 json_t *evaluation_report_encode(const struct job_resource *job, const struct evaluation_unit_resource *units,
                                  size_t count);

@@ -126,11 +126,7 @@ static void insert(struct creation *creation, json_t *uploaded)
         if (!definition) {
             json_decref(definitions);
             json_decref(files);
-            refuse(creation, 400, "task_not_found", "tasks",
-                   "There is no task '%.200s': neither in the tasks folder nor uploaded as NAME.json with "
-                   "purpose "
-                   "evals.",
-                   json_string_value(task));
+            refuse(creation, 400, "task_not_found", "tasks", EVALUATION_NO_TASK, json_string_value(task));
             return;
         }
         json_object_set_new(definitions, json_string_value(task), definition);
@@ -151,7 +147,16 @@ static void insert(struct creation *creation, json_t *uploaded)
                      creation->keep(creation->arg, &creation->job), on_inserted, creation);
 }
 
-/* Newest first: of files with one name the last that was uploaded counts. */
+/* By name; newest first: of files with one name the last that was uploaded counts. */
+static json_t *by_name(const struct file_resource *items, size_t count)
+{
+    json_t *uploaded = json_object();
+    for (size_t i = 0; i < count; i++)
+        if (!json_object_get(uploaded, items[i].filename))
+            json_object_set_new(uploaded, items[i].filename, json_string(items[i].id));
+    return uploaded;
+}
+
 static void on_files(void *arg, int code, const struct file_resource *items, size_t count, bool has_more)
 {
     struct creation *creation = arg;
@@ -160,10 +165,7 @@ static void on_files(void *arg, int code, const struct file_resource *items, siz
         refuse(creation, 503, "store_error", NULL, "The uploaded files could not be looked up.");
         return;
     }
-    json_t *uploaded = json_object();
-    for (size_t i = 0; i < count; i++)
-        if (!json_object_get(uploaded, items[i].filename))
-            json_object_set_new(uploaded, items[i].filename, json_string(items[i].id));
+    json_t *uploaded = by_name(items, count);
     insert(creation, uploaded);
     json_decref(uploaded);
 }
@@ -190,6 +192,7 @@ void scheduler_create_evaluation(struct scheduler *scheduler, const struct evalu
     job->trained_tokens = job->queue_position = -1;
     job->loss = job->tokens_per_second = job->eta_seconds = job->bytes_per_token = (double)NAN;
     job->seed = request->seed;
+    snprintf(job->parent, sizeof job->parent, "%s", request->parent);
     job->metadata = request->metadata ? json_dumps(request->metadata, JSON_COMPACT) : NULL;
     const json_t *model;
     size_t i;
@@ -209,6 +212,49 @@ void scheduler_create_evaluation(struct scheduler *scheduler, const struct evalu
         const struct list_query query = {.limit = MAX_FILES, .purpose = "evals"};
         store_file_list(scheduler->options.store, &query, on_files, creation);
     }
+}
+
+/* ---- of a fine-tuning job ---- */
+
+struct task_check {
+    struct scheduler *scheduler;
+    json_t *evaluations;
+    void (*done)(void *arg, int code, const char *missing);
+    void *arg;
+};
+
+static void on_files_of_check(void *arg, int code, const struct file_resource *items, size_t count,
+                              bool has_more)
+{
+    struct task_check *check = arg;
+    json_t *uploaded = by_name(items, code ? 0 : count), *task;
+    const char *missing = NULL;
+    size_t i;
+    (void)has_more;
+    json_array_foreach(json_object_get(json_object_get(check->evaluations, "settings"), "tasks"), i, task)
+    {
+        json_t *definition = find_definition(check->scheduler, json_string_value(task), uploaded);
+        if (!definition && !missing)
+            missing = json_string_value(task);
+        json_decref(definition);
+    }
+    check->done(check->arg, code, missing);
+    json_decref(uploaded);
+    json_decref(check->evaluations);
+    free(check);
+}
+
+void evaluation_check_tasks(struct scheduler *scheduler, const char *evaluations,
+                            void (*done)(void *arg, int code, const char *missing), void *arg)
+{
+    const struct list_query query = {.limit = MAX_FILES, .purpose = "evals"};
+    struct task_check *check = calloc(1, sizeof *check);
+    if (!check) {
+        done(arg, ERROR_NO_MEMORY, NULL);
+        return;
+    }
+    *check = (struct task_check){scheduler, json_loads(evaluations, 0, NULL), done, arg};
+    store_file_list(scheduler->options.store, &query, on_files_of_check, check);
 }
 
 /* ---- for workers ---- */

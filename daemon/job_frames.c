@@ -2,6 +2,7 @@
 #include "daemon/job_frames.h"
 
 #include "base/log.h"
+#include "daemon/job_evaluations.h"
 #include "daemon/live_job.h"
 
 #include <math.h>
@@ -166,9 +167,11 @@ static void on_checkpoint_written(void *arg, int code, const struct error *error
         if (!write->resumable_only && registry_add(live->scheduler->options.registry, &write->row, &reason))
             log_write(LOG_ERROR, "a checkpoint cannot be listed before the next start", "reason",
                       reason.message, NULL);
-        if (!write->resumable_only)
+        if (!write->resumable_only) {
             live_job_say(live, "info", "Checkpoint at step %lld: %s", (long long)write->row.step,
                          write->row.model.id);
+            job_evaluations_look(live);
+        }
     }
     free(write);
     live_job_release(live);
@@ -252,6 +255,10 @@ static void on_ended(struct live_job *live, const json_t *payload)
     live->trainer = NULL;
     live->job.trained_tokens = integer_or_zero(payload, "trained_tokens");
     if (!strcmp(status, "succeeded")) {
+        if (live->job.evaluations) {
+            job_evaluations_trained(live, string_or_empty(payload, "folder"));
+            return;
+        }
         snprintf(live->ending.row.path, sizeof live->ending.row.path, "%s",
                  string_or_empty(payload, "folder"));
         live_job_end(live, JOB_SUCCEEDED, NULL, NULL, NULL);

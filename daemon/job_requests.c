@@ -1,5 +1,6 @@
 /* job_requests.c: what clients ask of jobs: create, cancel, pause, resume. Part of scheduler.h; loop thread
  * only. */
+#include "daemon/job_evaluations.h"
 #include "daemon/live_job.h"
 
 #include <math.h>
@@ -127,6 +128,18 @@ static void plan_job(struct creation *creation)
     uv_timer_start(&creation->patience, on_patience_over, PLAN_PATIENCE_MS, 0);
 }
 
+static void on_tasks_checked(void *arg, int code, const char *missing)
+{
+    struct creation *creation = arg;
+    if (code)
+        creation_refuse(creation, 503, "store_error", "evaluations",
+                        "The uploaded files could not be looked up.");
+    else if (missing)
+        creation_refuse(creation, 400, "task_not_found", "evaluations.tasks", EVALUATION_NO_TASK, missing);
+    else
+        plan_job(creation);
+}
+
 static void on_file_found(void *arg, int code, const struct file_resource *file)
 {
     struct creation *creation = arg;
@@ -143,6 +156,8 @@ static void on_file_found(void *arg, int code, const struct file_resource *file)
         creation->validation = true;
         store_file_get(creation->scheduler->options.store, creation->job.validation_file, on_file_found,
                        creation);
+    } else if (creation->job.evaluations) {
+        evaluation_check_tasks(creation->scheduler, creation->job.evaluations, on_tasks_checked, creation);
     } else {
         plan_job(creation);
     }
@@ -209,13 +224,15 @@ void scheduler_create_job(struct scheduler *scheduler, const struct job_request 
     const char *precision;
     job->hyperparameters = settle_precision(scheduler, request->hyperparameters, &precision);
     job->metadata = request->metadata ? json_dumps(request->metadata, JSON_COMPACT) : NULL;
+    job->evaluations = request->evaluations ? json_dumps(request->evaluations, JSON_COMPACT) : NULL;
     const struct model_entry *entry = registry_find(scheduler->options.registry, request->model);
     if (precision)
         creation_refuse(
             creation, 400, "unsupported_precision", "precision",
             "precision: %s needs a GPU; the workers of this server are CPUs, which train in fp32.",
             precision);
-    else if (!job->hyperparameters || (request->metadata && !job->metadata))
+    else if (!job->hyperparameters || (request->metadata && !job->metadata) ||
+             (request->evaluations && !job->evaluations))
         creation_refuse(creation, 503, "no_memory", NULL, "The server is out of memory.");
     else if (scheduler->draining)
         creation_refuse(creation, 503, "shutting_down", NULL, "The server is shutting down.");
@@ -297,6 +314,7 @@ void scheduler_cancel_job(struct scheduler *scheduler, const char *id, scheduler
         return;
     if (live->job.status == JOB_RUNNING && live->trainer && !live->changes)
         live_job_stop(live, "cancel");
+    job_evaluations_cancel(live);
     live_job_end(live, JOB_CANCELLED, NULL, NULL, NULL);
 }
 
@@ -312,7 +330,7 @@ void scheduler_pause_job(struct scheduler *scheduler, const char *id, scheduler_
     bool asked = live_job_wants(live, JOB_PAUSED);
     if (!wait_for(live, JOB_PAUSED, done, arg) || live->ending.status || asked)
         return;
-    if (live->job.status == JOB_RUNNING) {
+    if (live->job.status == JOB_RUNNING && !live->evaluations.trained) {
         if (live->trainer && !live->changes) /* else it is told when it starts */
             live_job_stop(live, "pause");
         return;
@@ -328,7 +346,9 @@ void scheduler_resume_job(struct scheduler *scheduler, const char *id, scheduler
     struct live_job *live = find_or_answer(scheduler, id, done, arg);
     if (!live)
         return;
-    enum job_status next = live->validated ? JOB_QUEUED : JOB_VALIDATING;
+    enum job_status next = live->evaluations.trained ? JOB_RUNNING
+                           : live->validated         ? JOB_QUEUED
+                                                     : JOB_VALIDATING;
     if (live->job.status != JOB_PAUSED) {
         struct problem problem = {0};
         problem_set(&problem, 400, "job_not_paused", NULL, "Job %s is %s, not paused.", id,
@@ -345,4 +365,5 @@ void scheduler_resume_job(struct scheduler *scheduler, const char *id, scheduler
     live_job_set_status(live, next);
     live_job_say(live, "info", "The job is resumed");
     live_job_commit(live);
+    job_evaluations_look(live);
 }

@@ -2,6 +2,7 @@
 #include "daemon/live_job.h"
 
 #include "base/log.h"
+#include "daemon/job_evaluations.h"
 #include "daemon/result_file.h"
 
 #include <stdarg.h>
@@ -91,6 +92,12 @@ void live_job_release(struct live_job *live)
     if (*link)
         *link = live->next;
     live_job_close_events(live);
+    live_job_free(live);
+}
+
+void live_job_free(struct live_job *live)
+{
+    json_decref(live->evaluations.refused);
     job_free(&live->job);
     free(live);
 }
@@ -106,6 +113,8 @@ static void on_retry(uv_timer_t *timer)
             end_job_commit(live);
         else if (live->refused)
             live_job_commit(live);
+        else
+            job_evaluations_look(live);
     }
     scheduler_run(scheduler);
 }
@@ -282,6 +291,7 @@ static void on_finished(void *arg, int code, const struct error *error, const st
     answer_waiters(live);
     if (closing)
         publish(live, closing);
+    job_evaluations_ended(scheduler, &live->job);
     live_job_release(live);
     scheduler_run(scheduler);
 }
@@ -300,7 +310,8 @@ static void end_job_commit(struct live_job *live)
     bool succeeded = final->status == JOB_SUCCEEDED;
     const bool trained = succeeded && final->kind == JOB_FINE_TUNING;
     if (trained) {
-        snprintf(final->fine_tuned_model, sizeof final->fine_tuned_model, "%s", live->ending.row.model.id);
+        snprintf(final->fine_tuned_model, sizeof final->fine_tuned_model, "%s",
+                 live->evaluations.best[0] ? live->evaluations.best : live->ending.row.model.id);
         snprintf(final->result_file, sizeof final->result_file, "%s", live->ending.result.id);
     }
     if (succeeded)
@@ -317,7 +328,8 @@ static void end_job_commit(struct live_job *live)
         snprintf(closing, sizeof closing, "The job failed: %s", final->error_message);
     live->changes++;
     live->writes++;
-    store_job_finish(live->scheduler->options.store, final, trained ? &live->ending.row : NULL,
+    store_job_finish(live->scheduler->options.store, final,
+                     trained && !live->evaluations.best[0] ? &live->ending.row : NULL,
                      live->ending.result.id[0] ? &live->ending.result : NULL, closing, on_finished, live);
 }
 
@@ -383,10 +395,12 @@ void live_job_end(struct live_job *live, enum job_status status, const char *cod
         store_job_update(live->scheduler->options.store, &live->job, on_results_committed, live);
         return;
     }
-    struct adapter_row *row = &live->ending.row;
-    char folder[sizeof row->path];
-    memcpy(folder, row->path, sizeof folder);
-    live_job_model_row(live, -1, folder, row);
+    if (!live->evaluations.best[0]) {
+        struct adapter_row *row = &live->ending.row;
+        char folder[sizeof row->path];
+        memcpy(folder, row->path, sizeof folder);
+        live_job_model_row(live, -1, folder, row);
+    }
     live->ending.writing = true;
     live->changes++;
     live->writes++;

@@ -44,8 +44,16 @@ struct live_job {
     int64_t death_step;
     struct waiter *waiters;
     struct event_subscription *subscriptions;
-    int64_t writes; /* callbacks still to come: the memory stays until then */
-    struct {        /* while it ends; status 0 = it does not */
+    int64_t writes;                 /* callbacks still to come: the memory stays until then */
+    struct {                        /* of a fine-tuning job that names evaluations: job_evaluations.c's */
+        bool looking, again;        /* what there is is being read or made; and is to be once more */
+        bool trained;               /* training is done, and its model's row is there */
+        int n_outcomes;             /* of evaluations that have ended, on their way into its events */
+        json_t *refused;            /* models that could not be evaluated, as keys */
+        char model[MODEL_ID_BYTES]; /* whose evaluation is being made */
+        char best[MODEL_ID_BYTES];  /* what the job ends with: its row is there */
+    } evaluations;
+    struct { /* while it ends; status 0 = it does not */
         enum job_status status;
         bool writing; /* its result file: a work thread's callback is still to come */
         char code[64], param[64], message[4096];
@@ -81,6 +89,8 @@ int64_t live_job_now(void); /* seconds since 1970 */
 struct live_job *live_job_find(struct scheduler *scheduler, const char *id);
 /* Takes over what job owns. NULL: no memory (nothing is taken). */
 struct live_job *live_job_add(struct scheduler *scheduler, const struct job_resource *job);
+/* It has left the scheduler's list. */
+void live_job_free(struct live_job *live);
 /* If it has ended and no callback is to come, tell subscribers so and free it. */
 void live_job_release(struct live_job *live);
 void live_job_set_status(struct live_job *live, enum job_status status);
@@ -117,6 +127,11 @@ void scheduler_lane_free(struct lane *lane);
 
 /* evaluation_requests.c: EVALUATION_VALIDATE's payload. */
 json_t *evaluation_payload(struct scheduler *scheduler, const struct job_resource *job);
+/* Is there every task that a fine-tuning job's evaluations name? missing: one that there is not, or NULL; valid during the call. */
+#define EVALUATION_NO_TASK                                                                                   \
+    "There is no task '%.200s': neither in the tasks folder nor uploaded as NAME.json with purpose evals."
+void evaluation_check_tasks(struct scheduler *scheduler, const char *evaluations,
+                            void (*done)(void *arg, int code, const char *missing), void *arg);
 /* Does the evaluation name this model? */
 bool evaluation_uses(const struct job_resource *job, const char *model);
 /* evaluation_frames.c: EVALUATION_RESULTS of the current attempt. */

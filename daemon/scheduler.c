@@ -6,6 +6,7 @@
 #include "daemon/scheduler.h"
 
 #include "base/log.h"
+#include "daemon/job_evaluations.h"
 #include "daemon/job_frames.h"
 #include "daemon/live_job.h"
 
@@ -47,11 +48,14 @@ json_t *scheduler_job_payload(struct scheduler *scheduler, const struct job_reso
 {
     if (job->kind == JOB_EVALUATION)
         return evaluation_payload(scheduler, job);
+    json_t *hyperparameters = json_loads(job->hyperparameters, 0, NULL);
+    if (job_evaluations_keep_all(job))
+        json_object_set_new(hyperparameters, "keep_checkpoints", json_integer(0)); /* all */
     return json_pack("{s:s,s:I,s:o,s:o,s:o,s:o,s:I,s:o}", "job", job->id, "attempt", (json_int_t)job->attempt,
                      "model", model_payload(scheduler, job->model), "training_file",
                      file_payload(scheduler, job->training_file), "validation_file",
-                     file_payload(scheduler, job->validation_file), "hyperparameters",
-                     json_loads(job->hyperparameters, 0, NULL), "seed", (json_int_t)job->seed, "folder",
+                     file_payload(scheduler, job->validation_file), "hyperparameters", hyperparameters,
+                     "seed", (json_int_t)job->seed, "folder",
                      json_sprintf("%s/jobs/%s", scheduler->options.data_dir, job->id));
 }
 
@@ -382,7 +386,8 @@ int scheduler_recover(struct scheduler *scheduler, struct error *error)
         snprintf(live->resume_from, sizeof live->resume_from, "%s", items[i].resume_from);
         live->validated = live->job.total_steps > 0;
         live->job.queue_position = -1;
-        if (live->job.status == JOB_RUNNING) {
+        job_evaluations_recover(live);
+        if (live->job.status == JOB_RUNNING && !live->evaluations.trained) {
             live_job_set_status(live, JOB_QUEUED);
             live_job_say(live, "warn", "The server restarted; the job goes on from %s",
                          is_evaluation(live)    ? "the last example that was scored"
@@ -392,6 +397,8 @@ int scheduler_recover(struct scheduler *scheduler, struct error *error)
         }
     }
     free(items);
+    for (struct live_job *live = scheduler->first; live && !code; live = live->next)
+        job_evaluations_look(live);
     return code;
 }
 
@@ -429,8 +436,7 @@ void scheduler_free(struct scheduler *scheduler)
             free(waiter);
         }
         live_job_close_events(live);
-        job_free(&live->job);
-        free(live);
+        live_job_free(live);
     }
     uv_close((uv_handle_t *)&scheduler->retry, on_retry_closed);
 }

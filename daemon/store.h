@@ -126,6 +126,8 @@ void store_checkpoint_list(struct store *store, const char *job, const struct li
 /* Forget a job's checkpoints that keep_checkpoints no longer covers (model rows too). */
 void store_checkpoint_delete(struct store *store, const char *job, int64_t step, store_written done,
                              void *arg);
+/* A model's row by itself; in the place of an earlier one of that id. */
+void store_model_insert(struct store *store, const struct adapter_row *model, store_written done, void *arg);
 /* A checkpoint's row goes with its model's. */
 void store_model_delete(struct store *store, const char *id, store_written done, void *arg);
 

@@ -13,7 +13,12 @@
     "validation_file, result_file, seed, hyperparameters, metadata, trained_tokens, error_code, "            \
     "error_param, "                                                                                          \
     "error_message, attempt, step, total_steps, tokens_per_second, loss, eta_seconds, peak_memory_bytes, "   \
-    "bytes_per_token, device, planned_memory_bytes, skipped_steps, kind"
+    "bytes_per_token, device, planned_memory_bytes, skipped_steps, kind, parent, evaluations"
+/* Those, and what was made of what `evaluations` names. */
+#define SELECTED                                                                                             \
+    COLUMNS ", CASE WHEN evaluations IS NOT NULL THEN (SELECT json_group_array(json_object('id', id, "       \
+            "'model', model)) FROM (SELECT id, model FROM jobs AS made WHERE made.parent <> '' AND "         \
+            "made.parent = jobs.id ORDER BY made.sequence)) END"
 #define OF_KIND "kind = ? AND "
 /* Every wanted pair is among the job's. */
 #define HAS_METADATA                                                                                         \
@@ -28,7 +33,10 @@ static int job_copy(const struct job_resource *from, struct job_resource *ret_jo
     struct job_resource job = *from;
     job.hyperparameters = from->hyperparameters ? strdup(from->hyperparameters) : NULL;
     job.metadata = from->metadata ? strdup(from->metadata) : NULL;
-    if ((from->hyperparameters && !job.hyperparameters) || (from->metadata && !job.metadata)) {
+    job.evaluations = from->evaluations ? strdup(from->evaluations) : NULL;
+    job.evaluation_jobs = NULL; /* no part of the row */
+    if ((from->hyperparameters && !job.hyperparameters) || (from->metadata && !job.metadata) ||
+        (from->evaluations && !job.evaluations)) {
         job_free(&job);
         return ERROR_NO_MEMORY;
     }
@@ -78,11 +86,13 @@ static int job_from_row(const struct query *query, void *item, struct error *err
     job->skipped_steps = column_int(query, 28);
     column_text(query, 29, kind, sizeof kind);
     job->kind = strcmp(kind, job_kind_name(JOB_EVALUATION)) ? JOB_FINE_TUNING : JOB_EVALUATION;
+    column_text(query, 30, job->parent, sizeof job->parent);
     job->queue_position = -1;
-    return 0;
+    code = column_copy(query, 31, &job->evaluations, error);
+    return code ? code : column_copy(query, 32, &job->evaluation_jobs, error);
 }
 
-/* What follows id and created_at in COLUMNS and may change: all but the kind. */
+/* What follows id and created_at in COLUMNS and may change: all up to the kind. */
 static void bind_job(struct query *query, const struct job_resource *job)
 {
     query_int(query, job->started_at);
@@ -162,11 +172,13 @@ static int run_insert(struct connection *connection, struct store_request *reque
         return code;
     struct query query = query_begin(connection, "INSERT INTO jobs (" COLUMNS
                                                  ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
-                                                 "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+                                                 "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     query_text(&query, job->id);
     query_int(&query, job->created_at);
     bind_job(&query, job);
     query_text(&query, job_kind_name(job->kind));
+    query_text(&query, job->parent);
+    query_text(&query, job->evaluations);
     code = query_run(&query, NULL, error);
     return code || !write->answer ? code : answer_row_insert(connection, write->answer, error);
 }
@@ -326,7 +338,7 @@ struct job_read {
 static int run_get(struct connection *connection, struct store_request *request, struct error *error)
 {
     struct job_read *read = (struct job_read *)request;
-    struct query query = query_begin(connection, "SELECT " COLUMNS " FROM jobs WHERE id = ?");
+    struct query query = query_begin(connection, "SELECT " SELECTED " FROM jobs WHERE id = ?");
     query_text(&query, read->id);
     int code = query_next(&query, error);
     if (code == 0)
@@ -384,10 +396,10 @@ static int run_list(struct connection *connection, struct store_request *request
     if (code)
         return code;
     bool any = !list->metadata;
-    const char *sql = list->page.ascending ? (any ? LIST_ASCENDING(COLUMNS, "jobs", OF_KIND)
-                                                  : LIST_ASCENDING(COLUMNS, "jobs", OF_KIND HAS_METADATA))
-                                           : (any ? LIST_DESCENDING(COLUMNS, "jobs", OF_KIND)
-                                                  : LIST_DESCENDING(COLUMNS, "jobs", OF_KIND HAS_METADATA));
+    const char *sql = list->page.ascending ? (any ? LIST_ASCENDING(SELECTED, "jobs", OF_KIND)
+                                                  : LIST_ASCENDING(SELECTED, "jobs", OF_KIND HAS_METADATA))
+                                           : (any ? LIST_DESCENDING(SELECTED, "jobs", OF_KIND)
+                                                  : LIST_DESCENDING(SELECTED, "jobs", OF_KIND HAS_METADATA));
     struct query query = query_begin(connection, sql);
     query_text(&query, job_kind_name(list->kind));
     if (!any)
@@ -469,7 +481,7 @@ static int run_unfinished(struct connection *connection, struct store_request *r
 {
     struct rows *rows = &((struct recovery_read *)request)->rows;
     struct query query =
-        query_begin(connection, "SELECT " COLUMNS " FROM jobs WHERE " OPEN " ORDER BY sequence");
+        query_begin(connection, "SELECT " SELECTED " FROM jobs WHERE " OPEN " ORDER BY sequence");
     int code;
     while ((code = query_next(&query, error)) > 0) {
         struct job_recovery *item = rows_add(rows);

@@ -53,6 +53,29 @@ void store_model_delete(struct store *store, const char *id, store_written done,
     store_write(store, &write->request);
 }
 
+struct model_insert {
+    struct store_request request;
+    struct adapter_row model;
+};
+
+static int run_model_insert(struct connection *connection, struct store_request *request, struct error *error)
+{
+    const struct adapter_row *model = &((struct model_insert *)request)->model;
+    struct query query = query_begin(connection, "DELETE FROM models WHERE id = ?");
+    query_text(&query, model->model.id);
+    int code = query_run(&query, NULL, error);
+    return code ? code : model_row_insert(connection, model, error);
+}
+
+void store_model_insert(struct store *store, const struct adapter_row *model, store_written done, void *arg)
+{
+    struct model_insert *write = request_new_write(sizeof *write, run_model_insert, done, arg);
+    if (!write)
+        return;
+    write->model = *model;
+    store_write(store, &write->request);
+}
+
 struct models_read {
     struct store_request request;
     struct rows rows;

@@ -10,7 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { WARM_DOCUMENTS = 64 };
+enum { WARM_DOCUMENTS = 256 };
 
 struct evaluating {
     json_t *order;
