@@ -26,7 +26,7 @@ int64_t evaluation_sum_up(const struct evaluation_unit_resource *units, size_t c
 
 /* evaluation_request.c: the keys of an evaluation but for its models and metadata, into settings without models (a new reference,
  * NULL with a problem) and the seed; and the settings as clients know them. */
-enum { EVALUATION_KEYS = 6 };
+enum { EVALUATION_KEYS = 7 };
 extern const char *const evaluation_keys[EVALUATION_KEYS];
 json_t *evaluation_settings_decode(const struct decoder *body, int64_t *ret_seed);
 json_t *evaluation_settings_encode(const json_t *settings, int64_t seed);

@@ -7,6 +7,7 @@
  *   seed          1234: of the few-shot examples
  *   max_length    null: prompts have what they have (the state of a recurrent model does not grow). n drops ids on the left as a
  *                 harness with that max_length does
+ *   precision     "auto", what the base is stored in on a GPU and fp32 on a CPU; fp32, tf32, bf16, fp16, or a list of these
  *   reuse_states  true: false runs every request from its beginning, to see what sharing is worth */
 #include "api/requests.h"
 
@@ -83,8 +84,31 @@ static json_t *integer_or_null(int64_t value)
     return value ? json_integer(value) : json_null();
 }
 
-const char *const evaluation_keys[EVALUATION_KEYS] = {"tasks", "num_fewshot", "limit",
-                                                      "seed",  "max_length",  "reuse_states"};
+const char *const evaluation_keys[EVALUATION_KEYS] = {"tasks",      "num_fewshot",  "limit",    "seed",
+                                                      "max_length", "reuse_states", "precision"};
+
+/* "auto" stands alone: what it comes to might be another of the list. */
+static json_t *precisions_decode(const struct decoder *body)
+{
+    static const char *const names[] = {"auto", "fp32", "tf32", "bf16", "fp16"};
+    enum { COUNT = sizeof names / sizeof *names };
+    if (!decode_get(body, "precision"))
+        return json_pack("[s]", names[0]);
+    json_t *list = evaluation_names_decode(body, "precision", COUNT);
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const char *name = json_string_value(json_array_get(list, i));
+        if (!decode_name_in(name, names, COUNT))
+            decode_refuse(body, "precision",
+                          "must be auto, fp32, tf32, bf16 or fp16, or a list, not \"%.40s\".", name);
+        else if (!strcmp(name, names[0]) && json_array_size(list) > 1)
+            decode_refuse(body, "precision", "\"auto\" must stand by itself.");
+        else
+            continue;
+        json_decref(list);
+        return NULL;
+    }
+    return list;
+}
 
 json_t *evaluation_settings_decode(const struct decoder *body, int64_t *ret_seed)
 {
@@ -97,10 +121,13 @@ json_t *evaluation_settings_decode(const struct decoder *body, int64_t *ret_seed
         return NULL;
     json_t *tasks = evaluation_names_decode(body, "tasks", EVALUATION_MAX_TASKS);
     json_t *shots = tasks ? shots_decode(body) : NULL;
-    json_t *settings = shots ? json_pack("{s:O, s:O, s:o, s:o, s:b}", "tasks", tasks, "num_fewshot", shots,
-                                         "limit", integer_or_null(limit), "max_length",
-                                         integer_or_null(max_length), "share", (int)share)
-                             : NULL;
+    json_t *precisions = shots ? precisions_decode(body) : NULL;
+    json_t *settings = precisions
+                           ? json_pack("{s:O, s:O, s:O, s:o, s:o, s:b}", "tasks", tasks, "num_fewshot", shots,
+                                       "precisions", precisions, "limit", integer_or_null(limit),
+                                       "max_length", integer_or_null(max_length), "share", (int)share)
+                           : NULL;
+    json_decref(precisions);
     json_decref(tasks);
     json_decref(shots);
     *ret_seed = seed;
@@ -109,7 +136,9 @@ json_t *evaluation_settings_decode(const struct decoder *body, int64_t *ret_seed
 
 json_t *evaluation_settings_encode(const json_t *settings, int64_t seed)
 {
-    return json_pack("{s:O?, s:O?, s:O?, s:O?, s:O?, s:I}", "tasks", json_object_get(settings, "tasks"),
+    json_t *precisions = json_object_get(settings, "precisions");
+    return json_pack("{s:O?, s:o, s:O?, s:O?, s:O?, s:O?, s:I}", "tasks", json_object_get(settings, "tasks"),
+                     "precision", precisions ? json_incref(precisions) : json_pack("[s]", "auto"),
                      "num_fewshot", json_object_get(settings, "num_fewshot"), "limit",
                      json_object_get(settings, "limit"), "max_length",
                      json_object_get(settings, "max_length"), "reuse_states",

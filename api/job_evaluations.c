@@ -1,10 +1,11 @@
 /* job_evaluations.c: the evaluations that a fine-tuning job names, decoded and encoded. Any thread.
  *
- *   tasks, num_fewshot, limit, seed, max_length, reuse_states    as of an evaluation
+ *   tasks, num_fewshot, limit, seed, max_length, reuse_states, precision    as of an evaluation
  *   at          "end": of what the job ends with; "checkpoints": of every checkpoint; or both in a list. "end", or where the
  *               best is to be kept "checkpoints"
  *   keep_best   null: the job's model is what training ends with; {"task", "metric", "num_fewshot"}: it is the checkpoint that is
- *               best by this metric. task may be left out where there is one, num_fewshot is the first */
+ *               best by this metric. task may be left out where there is one, num_fewshot is the first, as
+ *               the precision */
 #include "api/evaluation.h"
 
 #include "api/encode.h"

@@ -61,7 +61,7 @@ struct evaluation_request {
     char parent[ID_BYTES]; /* the fine-tuning job that names it, or "" */
     uint64_t seed;
     /* {"models": [id...],"tasks": [name or file id...],"num_fewshot": [n...],"limit": n|null,"max_length": n|null,
-     * "share": bool}, all there */
+     * "share": bool,"precisions": [name...]}, all there */
     json_t *settings;
 };
 /* model and models, num_fewshot: one or a list. */

@@ -50,6 +50,19 @@ static void refuse(struct creation *creation, int status, const char *code, cons
 
 /* ---- creating one ---- */
 
+const char *evaluation_refused_precision(const struct scheduler *scheduler, const json_t *settings)
+{
+    const json_t *precision;
+    size_t i;
+    json_array_foreach(json_object_get(settings, "precisions"), i, precision)
+    {
+        const char *name = json_string_value(precision);
+        if (!scheduler->has_gpu && strcmp(name, "auto") && strcmp(name, "fp32"))
+            return name;
+    }
+    return NULL;
+}
+
 static void on_inserted(void *arg, int code, const struct error *error)
 {
     struct creation *creation = arg;
@@ -204,7 +217,10 @@ void scheduler_create_evaluation(struct scheduler *scheduler, const struct evalu
                json_string_value(model));
         return;
     }
-    if (!creation->settings || (request->metadata && !job->metadata)) {
+    const char *refused = evaluation_refused_precision(scheduler, request->settings);
+    if (refused) {
+        refuse(creation, 400, "unsupported_precision", "precision", EVALUATION_NO_PRECISION, refused);
+    } else if (!creation->settings || (request->metadata && !job->metadata)) {
         refuse(creation, 503, "no_memory", NULL, "The server is out of memory.");
     } else if (scheduler->draining) {
         refuse(creation, 503, "shutting_down", NULL, "The server is shutting down.");
@@ -285,6 +301,13 @@ static json_t *task_payload(const struct scheduler *scheduler, const char *task,
                               : json_sprintf("%s/%s.json", scheduler->options.tasks_dir, definition));
 }
 
+/* Settings of before there was a choice say nothing. */
+static json_t *precisions_payload(const json_t *settings)
+{
+    json_t *precisions = json_object_get(settings, "precisions");
+    return precisions ? json_incref(precisions) : json_pack("[s]", "auto");
+}
+
 json_t *evaluation_payload(struct scheduler *scheduler, const struct job_resource *job)
 {
     json_t *settings = json_loads(job->hyperparameters, 0, NULL);
@@ -302,12 +325,13 @@ json_t *evaluation_payload(struct scheduler *scheduler, const struct job_resourc
     }
     json_object_foreach(json_object_get(settings, "files"), name, item) json_object_set_new(
         files, name, json_sprintf("%s/files/%s", scheduler->options.data_dir, json_string_value(item)));
-    json_t *payload = json_pack(
-        "{s:s,s:I,s:o,s:o,s:O?,s:O?,s:O?,s:O?,s:I,s:o,s:o}", "job", job->id, "attempt",
-        (json_int_t)job->attempt, "models", models, "tasks", tasks, "num_fewshot",
-        json_object_get(settings, "num_fewshot"), "limit", json_object_get(settings, "limit"), "max_length",
-        json_object_get(settings, "max_length"), "share", json_object_get(settings, "share"), "seed",
-        (json_int_t)job->seed, "files", files, "data_dir", folder ? json_string(folder) : json_null());
+    json_t *payload =
+        json_pack("{s:s,s:I,s:o,s:o,s:o,s:O?,s:O?,s:O?,s:O?,s:I,s:o,s:o}", "job", job->id, "attempt",
+                  (json_int_t)job->attempt, "models", models, "precisions", precisions_payload(settings),
+                  "tasks", tasks, "num_fewshot", json_object_get(settings, "num_fewshot"), "limit",
+                  json_object_get(settings, "limit"), "max_length", json_object_get(settings, "max_length"),
+                  "share", json_object_get(settings, "share"), "seed", (json_int_t)job->seed, "files", files,
+                  "data_dir", folder ? json_string(folder) : json_null());
     json_decref(settings);
     return payload;
 }

@@ -226,7 +226,12 @@ void scheduler_create_job(struct scheduler *scheduler, const struct job_request 
     job->metadata = request->metadata ? json_dumps(request->metadata, JSON_COMPACT) : NULL;
     job->evaluations = request->evaluations ? json_dumps(request->evaluations, JSON_COMPACT) : NULL;
     const struct model_entry *entry = registry_find(scheduler->options.registry, request->model);
-    if (precision)
+    const char *of_evaluations =
+        evaluation_refused_precision(scheduler, json_object_get(request->evaluations, "settings"));
+    if (of_evaluations)
+        creation_refuse(creation, 400, "unsupported_precision", "evaluations.precision",
+                        EVALUATION_NO_PRECISION, of_evaluations);
+    else if (precision)
         creation_refuse(
             creation, 400, "unsupported_precision", "precision",
             "precision: %s needs a GPU; the workers of this server are CPUs, which train in fp32.",

@@ -127,6 +127,10 @@ void scheduler_lane_free(struct lane *lane);
 
 /* evaluation_requests.c: EVALUATION_VALIDATE's payload. */
 json_t *evaluation_payload(struct scheduler *scheduler, const struct job_resource *job);
+/* A precision of an evaluation's settings that the workers do not have, or NULL. */
+#define EVALUATION_NO_PRECISION                                                                              \
+    "precision: %.16s needs a GPU; the workers of this server are CPUs, which compute in fp32."
+const char *evaluation_refused_precision(const struct scheduler *scheduler, const json_t *settings);
 /* Is there every task that a fine-tuning job's evaluations name? missing: one that there is not, or NULL; valid during the call. */
 #define EVALUATION_NO_TASK                                                                                   \
     "There is no task '%.200s': neither in the tasks folder nor uploaded as NAME.json with purpose evals."

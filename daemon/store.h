@@ -147,7 +147,7 @@ void store_evaluation_insert(struct store *store, const char *evaluation,
 typedef void (*store_units_read)(void *arg, int code, const struct evaluation_unit_resource *items,
                                  size_t count);
 void store_evaluation_units(struct store *store, const char *evaluation, store_units_read done, void *arg);
-/* Which documents are scored: {MODEL: {"TASK/SHOTS": [[first,last]...]}}, JSON text, valid during the call. */
+/* Which documents are scored: {MODEL: {"PRECISION/TASK/SHOTS": [[first,last]...]}}, JSON text, valid during the call. */
 typedef void (*store_scored_read)(void *arg, int code, const char *scored);
 void store_evaluation_scored(struct store *store, const char *evaluation, store_scored_read done, void *arg);
 /* Examples as they were scored, behind `after` (0 = from the first), at most `limit`. */

@@ -209,11 +209,12 @@ void store_evaluation_units(struct store *store, const char *evaluation, store_u
 /* Take one more document, later than all before, into the ranges of its unit. */
 static int add_scored(json_t *scored, const struct query *query)
 {
-    char model[MODEL_ID_BYTES], task[160], key[200];
+    char model[MODEL_ID_BYTES], precision[16], task[160], key[200];
     column_text(query, 0, model, sizeof model);
-    column_text(query, 1, task, sizeof task);
-    const json_int_t document = column_int(query, 3);
-    snprintf(key, sizeof key, "%s/%" PRId64, task, column_int(query, 2));
+    column_text(query, 1, precision, sizeof precision);
+    column_text(query, 2, task, sizeof task);
+    const json_int_t document = column_int(query, 4);
+    snprintf(key, sizeof key, "%s/%s/%" PRId64, precision, task, column_int(query, 3));
     json_t *of_model = json_object_get(scored, model);
     if (!of_model && json_object_set_new(scored, model, of_model = json_object()))
         return ERROR_NO_MEMORY;
@@ -230,9 +231,9 @@ static int run_scored(struct connection *connection, struct store_request *reque
 {
     struct results_read *read = (struct results_read *)request;
     struct query query = query_begin(
-        connection,
-        "SELECT model, task, num_fewshot, document FROM evaluation_units JOIN evaluation_results ON "
-        "unit = evaluation_units.sequence WHERE evaluation = ? ORDER BY unit, document");
+        connection, "SELECT model, precision, task, num_fewshot, document FROM evaluation_units JOIN "
+                    "evaluation_results ON "
+                    "unit = evaluation_units.sequence WHERE evaluation = ? ORDER BY unit, document");
     query_text(&query, read->evaluation);
     json_t *scored = json_object();
     int code;

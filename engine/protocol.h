@@ -42,11 +42,11 @@
  *     {"job","attempt","model","training_file","validation_file","hyperparameters","seed","folder",
  *     "resume_from": path|null}
  *   EVALUATION_VALIDATE -> JOB_VALIDATED ("examples","total_steps","warnings": [text...]) | JOB_INVALID | FAILED    "busy", as above
- *     {"job","attempt","models": [{"name","model","adapter"}...],"tasks": [{"name","definition": path}...],
+ *     {"job","attempt","models": [{"name","model","adapter"}...],"precisions": ["auto"|"fp32"...],"tasks": [{"name","definition": path}...],
  *     "num_fewshot": [n...],"limit": n|null,"seed","max_length": n|null,"share": bool (false: every request by itself),
  *     "data_dir": path|null,"files": {name: path} (uploaded ones)}
  *   EVALUATION_START -> JOB_MESSAGE | EVALUATION_RESULTS ... JOB_ENDED
- *     the same, "total_steps", and "done": {a model's name: {"TASK/SHOTS": [[first,last] of documents scored before...]}}
+ *     the same, "total_steps", and "done": {a model's name: {"PRECISION/TASK/SHOTS": [[first,last] of documents scored before...]}}
  *   JOB_STOP                        pause checkpoints first. Answered by JOB_ENDED
  *     {"job","attempt","reason": "cancel"|"pause"}
  *   SHUTDOWN                        checkpoint the running job, end it as "paused", exit 0

@@ -19,9 +19,12 @@ struct worker_evaluation {
     size_t model; /* of order's "models": which is running */
     const char *model_name;
     struct loaded_model *loaded;
-    const struct adapter *adapter;
+    size_t precision;              /* of order's "precisions": which is running */
+    struct model *view;            /* loaded's in another precision, or NULL */
+    struct adapter *own;           /* on the view, or NULL */
+    const struct adapter *adapter; /* loaded's, or own */
     struct evaluation_run *run;
-    const json_t *done;                /* of the model: {"TASK/SHOTS": ranges}, or NULL */
+    const json_t *done;                /* of the model: {"PRECISION/TASK/SHOTS": ranges}, or NULL */
     int64_t n_before, n_done, n_total; /* examples of all models: of other attempts, scored, in all */
     struct scorer_status reported;     /* of the run, with the last results */
     int64_t begun_us;                  /* the attempt */
@@ -51,7 +54,7 @@ void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t
     struct error error = {0};
     json_t *warnings = json_array();
     const char *name;
-    const json_t *models;
+    const json_t *models, *precisions;
     int64_t attempt;
     int status = read_name(payload, &name, &attempt, &error);
     if (status) {
@@ -61,6 +64,8 @@ void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t
     }
     status = field_array(payload, "models", &models, &error);
     if (!status)
+        status = field_array(payload, "precisions", &precisions, &error);
+    if (!status)
         status = evaluation_plan_read(payload, &plan, &error);
     if (!status)
         status = evaluation_plan_check(plan, warnings, &error);
@@ -69,7 +74,8 @@ void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t
         json_object_set_new(more, "lines", json_array());
         worker_stream_send(&worker->stream, FRAME_JOB_INVALID, id, worker_job_address(name, attempt, more));
     } else {
-        json_int_t examples = evaluation_plan_examples(plan) * (json_int_t)json_array_size(models);
+        json_int_t examples = evaluation_plan_examples(plan) * (json_int_t)json_array_size(models) *
+                              (json_int_t)json_array_size(precisions);
         worker_stream_send(&worker->stream, FRAME_JOB_VALIDATED, id,
                            worker_job_address(name, attempt,
                                               json_pack("{s:I, s:O?, s:I}", "examples", examples, "warnings",
@@ -137,11 +143,32 @@ static void on_result(void *arg, const struct example_result *result)
     free(detail);
 }
 
+static const char *precision_name(const struct model *model)
+{
+    if (model_infers_in_tf32(model))
+        return "tf32";
+    switch (model_inference_type(model)) {
+    case TYPE_BF16:
+        return "bf16";
+    case TYPE_F16:
+        return "fp16";
+    case TYPE_F32:
+    default:
+        return "fp32";
+    }
+}
+
+static struct model *running_model(const struct worker_evaluation *evaluation)
+{
+    return evaluation->view ? evaluation->view : evaluation->loaded->model;
+}
+
 static bool is_done(void *arg, const struct evaluation_unit *unit, int64_t document)
 {
     const struct worker_evaluation *evaluation = arg;
-    char key[sizeof unit->name + 16];
-    snprintf(key, sizeof key, "%s/%" PRId32, unit->name, unit->shots);
+    char key[sizeof unit->name + 32];
+    snprintf(key, sizeof key, "%s/%s/%" PRId32, precision_name(running_model(evaluation)), unit->name,
+             unit->shots);
     const json_t *ranges = json_object_get(evaluation->done, key), *range;
     size_t i;
     json_array_foreach(ranges, i, range)
@@ -169,19 +196,6 @@ static int64_t count_done(const json_t *done)
         }
     }
     return count;
-}
-
-static const char *precision_name(const struct model *model)
-{
-    switch (model_inference_type(model)) {
-    case TYPE_BF16:
-        return "bf16";
-    case TYPE_F16:
-        return "fp16";
-    case TYPE_F32:
-    default:
-        return "fp32";
-    }
 }
 
 /* "acc acc_norm" and so on. */
@@ -218,7 +232,7 @@ static void send_results(struct worker *worker, struct worker_evaluation *evalua
         worker, evaluation, FRAME_EVALUATION_RESULTS,
         json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:O, s:I, s:I, s:f, s:o, s:I, s:I, s:o}", "model",
                   evaluation->model_name, "metrics", metrics_of(unit->task), "precision",
-                  precision_name(evaluation->loaded->model), "task", unit->name, "parent", unit->task->name,
+                  precision_name(running_model(evaluation)), "task", unit->name, "parent", unit->task->name,
                   "group", unit->subtask < 0 ? "" : unit->task->subtasks[unit->subtask].group, "num_fewshot",
                   (int)unit->shots, "pool", pool ? frame_text(pool, strlen(pool)) : json_null(), "results",
                   evaluation->results, "tokens", (json_int_t)tokens, "tokens_run", (json_int_t)tokens_run,
@@ -236,11 +250,14 @@ static void leave_model(struct worker_evaluation *evaluation)
     evaluation->run = NULL;
     if (!evaluation->loaded)
         return;
-    if (evaluation->adapter)
+    if (evaluation->adapter && !evaluation->own)
         loaded_models_release_adapter(evaluation->loaded, evaluation->adapter);
+    adapter_free(evaluation->own);
+    model_close(evaluation->view);
     evaluation->loaded->n_holders--;
     evaluation->loaded = NULL;
-    evaluation->adapter = NULL;
+    evaluation->adapter = evaluation->own = NULL;
+    evaluation->view = NULL;
 }
 
 void worker_evaluation_abandon(struct worker *worker)
@@ -274,6 +291,29 @@ static void end(struct worker *worker, const char *status, const struct error *e
     worker_stream_send(&worker->stream, FRAME_JOB_ENDED, 0, payload);
 }
 
+/* A view of the model where another precision than the one it is served in is asked for. */
+static int take_precision(struct worker_evaluation *evaluation, struct error *error)
+{
+    static const struct {
+        const char *name;
+        enum kernel_type type;
+        bool tf32;
+    } precisions[] = {{"fp32", TYPE_F32, false},
+                      {"tf32", TYPE_F32, true},
+                      {"bf16", TYPE_BF16, false},
+                      {"fp16", TYPE_F16, false}};
+    const struct model *model = evaluation->loaded->model;
+    const char *name = json_string_value(
+        json_array_get(json_object_get(evaluation->order, "precisions"), evaluation->precision));
+    if (name && (!strcmp(name, "auto") || !strcmp(name, precision_name(model))))
+        return 0;
+    for (size_t i = 0; name && i < sizeof precisions / sizeof *precisions; i++)
+        if (!strcmp(name, precisions[i].name))
+            return model_open_view(model, precisions[i].type, precisions[i].tf32, &evaluation->view, error);
+    return error_set_param(error, ERROR_INVALID, "precision", "a precision that is none: %s",
+                           name ? name : "");
+}
+
 static int enter_model(struct worker *worker, struct worker_evaluation *evaluation, struct error *error)
 {
     const json_t *entry = json_array_get(json_object_get(evaluation->order, "models"), evaluation->model);
@@ -287,7 +327,14 @@ static int enter_model(struct worker *worker, struct worker_evaluation *evaluati
         return status;
     evaluation->loaded = loaded;
     loaded->n_holders++;
-    if (adapter.id) {
+    if ((status = take_precision(evaluation, error)))
+        return status;
+    if (adapter.id && evaluation->view) {
+        status = adapter_load(evaluation->view, adapter.path, false, &evaluation->own, error);
+        if (status)
+            return error_prefix(error, "adapter \"%s\": ", adapter.id);
+        evaluation->adapter = evaluation->own;
+    } else if (adapter.id) {
         const struct adapter *found;
         status = loaded_models_get_adapter(&worker->models, loaded, &adapter, &found, error);
         if (status)
@@ -299,7 +346,7 @@ static int enter_model(struct worker *worker, struct worker_evaluation *evaluati
     evaluation->reported = (struct scorer_status){0};
     const struct evaluation_run_options options = {
         .plan = evaluation->plan,
-        .model = loaded->model,
+        .model = running_model(evaluation),
         .tokenizer = loaded->tokenizer,
         .adapter = evaluation->adapter,
         .arg = evaluation,
@@ -368,7 +415,12 @@ void worker_evaluation_advance(struct worker *worker)
     evaluation->results = NULL;
     if (!status) {
         leave_model(evaluation);
-        if (++evaluation->model == json_array_size(json_object_get(evaluation->order, "models"))) {
+        evaluation->precision++;
+        if (evaluation->precision == json_array_size(json_object_get(evaluation->order, "precisions"))) {
+            evaluation->precision = 0;
+            evaluation->model++;
+        }
+        if (evaluation->model == json_array_size(json_object_get(evaluation->order, "models"))) {
             end(worker, "succeeded", NULL);
             return;
         }

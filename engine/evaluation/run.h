@@ -18,7 +18,7 @@ struct evaluation_run_options {
     const struct evaluation_plan *plan; /* outlives the run, as all that follows */
     struct model *model;
     const struct tokenizer *tokenizer;
-    const struct adapter *adapter; /* NULL = the base */
+    const struct adapter *adapter; /* of this model; NULL = the base */
     int64_t max_tokens;            /* of a batch; 0 = what the device has use for */
     int32_t max_seqs, max_states;  /* the same; states for prefixes that wait for their children */
     void *arg;

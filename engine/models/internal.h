@@ -15,7 +15,9 @@ struct model {
     struct kernel_device *device;
     bool is_host; /* the device is the host: its ops take weights of any type as they are */
     enum kernel_type
-        act; /* of activations in inference: F32 on the host, else what the embeddings are stored in */
+        act;      /* of activations in inference: F32 on the host, else what the embeddings are stored in */
+    bool tf32;    /* in inference, too */
+    bool is_view; /* of a model that owns all that is pointed to */
     struct model_config config;
     char *folder;
     struct weight *weights;

@@ -85,6 +85,7 @@ int mamba_forward(struct runner *runner, const struct forward_part *part, struct
         .part = part,
         .copies = &copies,
         .act = model->act,
+        .tf32 = model->tf32,
         .workspace = at[RUN_SCRATCH],
         .rows = part->rows,
         .n_seqs = part->n_seqs,

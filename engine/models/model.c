@@ -286,6 +286,10 @@ void model_close(struct model *model)
 {
     if (!model)
         return;
+    if (model->is_view) {
+        free(model);
+        return;
+    }
     if (model->arena)
         model->ops->memory_free(model->device, model->arena);
     free(model->weights);
@@ -336,6 +340,28 @@ enum kernel_type model_inference_type(const struct model *model)
 void model_infer_in_fp32(struct model *model)
 {
     model->act = TYPE_F32;
+}
+
+int model_open_view(const struct model *model, enum kernel_type type, bool tf32, struct model **ret_view,
+                    struct error *error)
+{
+    if (model->is_host && (type != TYPE_F32 || tf32))
+        return error_set_param(error, ERROR_UNSUPPORTED, "precision",
+                               "the CPU computes in fp32 and nothing else");
+    struct model *view = malloc(sizeof *view);
+    if (!view)
+        return error_set(error, ERROR_NO_MEMORY, "no memory for a model");
+    *view = *model;
+    view->act = type;
+    view->tf32 = tf32;
+    view->is_view = true;
+    *ret_view = view;
+    return 0;
+}
+
+bool model_infers_in_tf32(const struct model *model)
+{
+    return model->tf32;
 }
 
 struct weight_view model_view(const struct model *model, const struct adapter *adapter, int64_t index)

@@ -57,6 +57,11 @@ int64_t model_parameter_count(const struct model *model);
  * fp32 there too, before it makes runners and adapters. */
 enum kernel_type model_inference_type(const struct model *model);
 void model_infer_in_fp32(struct model *model);
+/* The same weights, not a copy of them, with inference in another type; tf32: its products may round F32 factors to TF32. ERROR_UNSUPPORTED
+ * on the host, but for F32. Closed as a model is, before it. */
+int model_open_view(const struct model *model, enum kernel_type type, bool tf32, struct model **ret_view,
+                    struct error *error);
+bool model_infers_in_tf32(const struct model *model);
 
 /* ---- adaptation: what is trained ---- */
 

@@ -376,7 +376,8 @@ int runner_logits(struct runner *runner, const int32_t *rows, int32_t n_rows, co
                                  .c_stride = config->vocab_size,
                                  .act = act,
                                  .b_type = head.type,
-                                 .c_type = TYPE_F32};
+                                 .c_type = TYPE_F32,
+                                 .tf32 = model->tf32};
         status = model->ops->gemm(model->device, &args);
     }
     runner->has_logits = false; /* another choice of rows is there */
@@ -405,6 +406,7 @@ static int score_chunk(const struct runner *runner, int64_t row, const void *hid
                              .weight = head.data,
                              .weight_type = head.type,
                              .act = model->act,
+                             .tf32 = model->tf32,
                              .targets = buffers[RUNNER_TARGETS],
                              .logprobs = logprobs ? buffers[RUNNER_LOGPROBS] : NULL,
                              .argmax = argmax ? buffers[RUNNER_ARGMAX] : NULL,

@@ -29,17 +29,17 @@ static void test_requests(void **state)
     } cases[] = {
         {"{\"model\":\"m\",\"tasks\":\"piqa\"}",
          "{\"models\":[\"m\"],\"tasks\":[\"piqa\"],\"num_fewshot\":[0],\"limit\":null,\"max_length\":null,"
-         "\"share\":true}",
+         "\"share\":true,\"precisions\":[\"auto\"]}",
          1234},
         {"{\"model\":[\"m\",\"n\"],\"tasks\":[\"a\",\"b\"],\"num_fewshot\":[0,5.0],\"limit\":7,\"max_"
          "length\":2048,"
-         "\"reuse_states\":false,\"seed\":0,\"metadata\":{\"a\":\"b\"}}",
+         "\"reuse_states\":false,\"precision\":[\"fp32\",\"bf16\"],\"seed\":0,\"metadata\":{\"a\":\"b\"}}",
          "{\"models\":[\"m\",\"n\"],\"tasks\":[\"a\",\"b\"],\"num_fewshot\":[0,5],\"limit\":7,\"max_length\":"
-         "2048,\"share\":false}",
+         "2048,\"share\":false,\"precisions\":[\"fp32\",\"bf16\"]}",
          0},
         {"{\"model\":\"m\",\"tasks\":[\"a\"],\"num_fewshot\":3,\"limit\":null,\"seed\":null}",
          "{\"models\":[\"m\"],\"tasks\":[\"a\"],\"num_fewshot\":[3],\"limit\":null,\"max_length\":null,"
-         "\"share\":true}",
+         "\"share\":true,\"precisions\":[\"auto\"]}",
          1234},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -70,6 +70,8 @@ static void test_requests_that_are_refused(void **state)
          "num_fewshot: element 1 must be an integer from 0 to 256."},
         {"{\"model\":\"m\",\"tasks\":\"a\",\"num_fewshot\":\"3\"}",
          "num_fewshot: element 0 must be an integer from 0 to 256."},
+        {"{\"model\":\"m\",\"tasks\":\"a\",\"precision\":[\"auto\",\"fp32\"]}",
+         "precision: \"auto\" must stand by itself."},
         {"{\"model\":\"m\",\"tasks\":\"a\",\"num_fewshots\":3}", "Unknown parameter: num_fewshots."},
         {"{\"model\":\"m\",\"tasks\":\"a\",\"metadata\":{\"\":\"x\"}}",
          "metadata: keys must be 1 to 64 characters long."},

@@ -310,6 +310,9 @@ def test_definitions_are_refused_with_the_place(evaluator, name, change, message
     ({"tasks": ["piqa"], "num_fewshot": -1}, "num_fewshot"),
     ({"tasks": ["piqa"], "num_fewshot": [0, 0]}, "num_fewshot"),
     ({"tasks": ["piqa"], "limit": 0}, "limit"),
+    ({"tasks": ["piqa"], "precision": "int8"}, "precision"),
+    ({"tasks": ["piqa"], "precision": ["auto", "fp32"]}, "precision"),
+    ({"tasks": ["piqa"], "precision": ["fp32", "bf16"]}, "precision"),  # the CPU has fp32 alone
     ({"tasks": ["piqa"], "shots": 1}, "shots"),
     ({"tasks": ["piqa"], "metadata": {"a": 1}}, "metadata"),
 ])
