@@ -122,6 +122,26 @@ static int add_task(struct evaluation_plan *plan, const json_t *named, struct er
                      error);
 }
 
+/* Results are kept by unit: two of one name would be taken for one. */
+static int refuse_twice(const struct evaluation_plan *plan, struct error *error)
+{
+    json_t *seen = json_object();
+    int status = seen ? 0 : no_memory(error);
+    for (int i = 0; !status && i < plan->n_units; i++) {
+        const struct evaluation_unit *unit = &plan->units[i];
+        char key[sizeof unit->name + 16];
+        snprintf(key, sizeof key, "%s/%" PRId32, unit->name, unit->shots);
+        if (json_object_get(seen, key))
+            status = error_set_param(error, ERROR_INVALID, "tasks",
+                                     "%s at %" PRId32 " shots is there twice, by two of the tasks",
+                                     unit->name, unit->shots);
+        else if (json_object_set_new(seen, key, json_true()))
+            status = no_memory(error);
+    }
+    json_decref(seen);
+    return status;
+}
+
 int evaluation_plan_read(const json_t *order, struct evaluation_plan **ret_plan, struct error *error)
 {
     const json_t *tasks = json_object_get(order, "tasks");
@@ -143,6 +163,8 @@ int evaluation_plan_read(const json_t *order, struct evaluation_plan **ret_plan,
         status = add_task(plan, json_array_get(tasks, i), error);
     if (!status && !plan->n_units)
         status = error_set_param(error, ERROR_INVALID, "tasks", "no task");
+    if (!status)
+        status = refuse_twice(plan, error);
     if (status)
         evaluation_plan_free(plan);
     else
