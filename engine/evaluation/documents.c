@@ -3,6 +3,7 @@
 
 #include "base/buffer.h"
 #include "base/file.h"
+#include "engine/text/unicode.h"
 
 #include <inttypes.h>
 #include <stdbool.h>
@@ -13,10 +14,18 @@ enum { MAX_FILE_BYTES = 1 << 30, MAX_COLUMNS = 256 };
 
 void documents_free(struct documents *documents)
 {
-    for (int64_t i = 0; i < documents->count; i++)
-        json_decref(documents->items[i].fields);
+    for (int i = 0; documents->header && i < documents->n_columns; i++)
+        free(documents->header[i]);
+    free(documents->header);
+    free(documents->text);
     free(documents->items);
     *documents = (struct documents){0};
+}
+
+void documents_take_pause(const struct documents_pause *pause)
+{
+    if (pause->call)
+        pause->call(pause->arg);
 }
 
 static int no_memory(struct error *error)
@@ -24,50 +33,57 @@ static int no_memory(struct error *error)
     return error_set(error, ERROR_NO_MEMORY, "no memory for documents");
 }
 
-/* Takes the reference. */
-static int push(struct documents *documents, json_t *fields, int64_t line, struct error *error)
+static int push(struct documents *documents, size_t offset, int64_t line, struct error *error)
 {
     if (documents->count == documents->capacity) {
         int64_t capacity = documents->capacity ? documents->capacity * 2 : 256;
         struct document *items = realloc(documents->items, (size_t)capacity * sizeof *items);
-        if (!items) {
-            json_decref(fields);
+        if (!items)
             return no_memory(error);
-        }
         documents->items = items;
         documents->capacity = capacity;
     }
-    documents->items[documents->count++] = (struct document){fields, line};
+    documents->items[documents->count++] = (struct document){offset, line};
     return 0;
 }
 
 /* ---- JSONL ---- */
 
-static int read_jsonl(const char *text, size_t length, struct documents *documents, struct error *error)
+static size_t line_length(const struct documents *documents, size_t offset)
 {
-    const char *end = text + length;
+    const char *begin = documents->text + offset;
+    const char *end = memchr(begin, '\n', documents->length - offset);
+    return end ? (size_t)(end - begin) : documents->length - offset;
+}
+
+static int read_jsonl(struct documents *documents, size_t at, const struct documents_pause *pause,
+                      struct error *error)
+{
     int status = 0;
-    for (int64_t line = 1; !status && text < end; line++) {
-        const char *stop = memchr(text, '\n', (size_t)(end - text));
-        size_t n = (size_t)((stop ? stop : end) - text);
-        size_t blank = 0;
-        while (blank < n && strchr(" \t\r", text[blank]))
-            blank++;
-        if (blank < n) {
-            json_error_t why;
-            json_t *fields = json_loadb(text, n, JSON_REJECT_DUPLICATES, &why);
-            if (!fields)
-                status = error_set(error, ERROR_INVALID, "line %" PRId64 ": %s", line, why.text);
-            else if (!json_is_object(fields))
-                status = error_set(error, ERROR_INVALID, "line %" PRId64 " is not a JSON object", line);
-            if (status)
-                json_decref(fields);
-            else
-                status = push(documents, fields, line, error);
-        }
-        text += n + 1;
+    for (int64_t line = 1; !status && at < documents->length; line++) {
+        size_t length = line_length(documents, at);
+        if (strspn(documents->text + at, " \t\r") < length)
+            status = push(documents, at, line, error);
+        at += length + 1;
+        documents_take_pause(pause);
     }
     return status;
+}
+
+static int get_jsonl(const struct documents *documents, size_t offset, json_t **ret_document,
+                     struct error *error)
+{
+    json_error_t why;
+    json_t *document =
+        json_loadb(documents->text + offset, line_length(documents, offset), JSON_REJECT_DUPLICATES, &why);
+    if (!document)
+        return error_set(error, ERROR_INVALID, "%s", why.text);
+    if (!json_is_object(document)) {
+        json_decref(document);
+        return error_set(error, ERROR_INVALID, "not a JSON object");
+    }
+    *ret_document = document;
+    return 0;
 }
 
 /* ---- tables ---- */
@@ -81,6 +97,16 @@ struct table {
     int n_fields;
     size_t ends[MAX_COLUMNS]; /* where each field ends in `fields` */
 };
+
+static void table_init(const struct documents *documents, size_t offset, struct table *table)
+{
+    table->at = documents->text + offset;
+    table->end = documents->text + documents->length;
+    table->quotes = documents->format == DOCUMENTS_CSV;
+    table->separator = table->quotes ? ',' : '\t';
+    table->line = 1;
+    table->fields = (struct buffer){0};
+}
 
 static bool at_line_end(const struct table *table)
 {
@@ -137,80 +163,104 @@ static const char *field_of(const struct table *table, int i, size_t *ret_length
     return table->fields.data ? table->fields.data + begin : "";
 }
 
-static int push_row(const struct table *table, char *const *names, int n_names, int64_t line,
-                    struct documents *documents, struct error *error)
+/* The row's fields are text that a document can have. */
+static int check_fields(const struct table *table, int64_t line, struct error *error)
 {
-    if (table->n_fields != n_names)
-        return error_set(error, ERROR_INVALID, "line %" PRId64 " has %d fields, not %d", line,
-                         table->n_fields, n_names);
-    json_t *fields = json_object();
-    for (int i = 0; i < n_names; i++) {
+    for (int i = 0; i < table->n_fields; i++) {
         size_t length;
         const char *text = field_of(table, i, &length);
-        json_t *value = json_stringn(text, length);
-        if (!value) {
-            json_decref(fields);
+        if (memchr(text, '\0', length))
+            return error_set(error, ERROR_INVALID, "line %" PRId64 ": field %d has a NUL character", line,
+                             i + 1);
+        if (utf8_valid_prefix(text, length) != length)
             return error_set(error, ERROR_INVALID, "line %" PRId64 ": field %d is not UTF-8", line, i + 1);
-        }
-        if (json_object_set_new(fields, names[i], value)) {
-            json_decref(fields);
-            return no_memory(error);
-        }
     }
-    return push(documents, fields, line, error);
+    return 0;
 }
 
-static int read_table(struct table *table, char *const *columns, int n_columns, struct documents *documents,
+static int take_header(const struct table *table, struct documents *documents, struct error *error)
+{
+    if (!(documents->header = calloc((size_t)table->n_fields, sizeof *documents->header)))
+        return no_memory(error);
+    documents->columns = documents->header;
+    for (; documents->n_columns < table->n_fields; documents->n_columns++) {
+        size_t length;
+        const char *text = field_of(table, documents->n_columns, &length);
+        if (!(documents->header[documents->n_columns] = strndup(text, length)))
+            return no_memory(error);
+    }
+    return 0;
+}
+
+static int read_table(struct documents *documents, size_t at, const struct documents_pause *pause,
                       struct error *error)
 {
-    char *header[MAX_COLUMNS];
-    int n_header = 0, status = 0;
-    while (!status && table->at < table->end) {
-        int64_t line = table->line;
-        status = read_row(table, error);
-        if (status || (table->n_fields == 1 && !table->fields.length))
+    struct table table;
+    int status = 0;
+    table_init(documents, at, &table);
+    while (!status && table.at < table.end) {
+        const size_t offset = (size_t)(table.at - documents->text);
+        const int64_t line = table.line;
+        documents_take_pause(pause);
+        status = read_row(&table, error);
+        if (status || (table.n_fields == 1 && !table.fields.length))
             continue;
-        if (columns || n_header) {
-            status = push_row(table, columns ? columns : header, columns ? n_columns : n_header, line,
-                              documents, error);
-            continue;
-        }
-        for (; !status && n_header < table->n_fields; n_header++) {
-            size_t length;
-            const char *text = field_of(table, n_header, &length);
-            if (!(header[n_header] = strndup(text, length))) {
-                status = no_memory(error);
-                break;
-            }
-        }
+        if ((status = check_fields(&table, line, error)))
+            break;
+        if (!documents->columns)
+            status = take_header(&table, documents, error);
+        else if (table.n_fields != documents->n_columns)
+            status = error_set(error, ERROR_INVALID, "line %" PRId64 " has %d fields, not %d", line,
+                               table.n_fields, documents->n_columns);
+        else
+            status = push(documents, offset, line, error);
     }
-    while (n_header)
-        free(header[--n_header]);
+    buffer_free(&table.fields);
     return status;
 }
 
-int documents_read(const char *path, enum document_format format, char *const *columns, int n_columns,
-                   struct documents *ret_documents, struct error *error)
+static int get_row(const struct documents *documents, size_t offset, json_t **ret_document,
+                   struct error *error)
 {
-    struct documents documents = {0};
-    char *data;
-    size_t length;
-    int status = file_read(path, MAX_FILE_BYTES, &data, &length, error);
+    struct table table;
+    table_init(documents, offset, &table);
+    json_t *document = json_object();
+    int status = document ? read_row(&table, error) : no_memory(error);
+    for (int i = 0; !status && i < documents->n_columns; i++) {
+        size_t length;
+        const char *text = field_of(&table, i, &length);
+        if (json_object_set_new(document, documents->columns[i], json_stringn(text, length)))
+            status = no_memory(error);
+    }
+    buffer_free(&table.fields);
+    if (status)
+        json_decref(document);
+    else
+        *ret_document = document;
+    return status;
+}
+
+/* ---- both ---- */
+
+int documents_get(const struct documents *documents, int64_t index, json_t **ret_document,
+                  struct error *error)
+{
+    const size_t offset = documents->items[index].offset;
+    return documents->format == DOCUMENTS_JSONL ? get_jsonl(documents, offset, ret_document, error)
+                                                : get_row(documents, offset, ret_document, error);
+}
+
+int documents_read(const char *path, enum document_format format, char *const *columns, int n_columns,
+                   const struct documents_pause *pause, struct documents *ret_documents, struct error *error)
+{
+    struct documents documents = {.format = format, .columns = columns, .n_columns = n_columns};
+    int status = file_read(path, MAX_FILE_BYTES, &documents.text, &documents.length, error);
     if (status)
         return status;
-    size_t mark = length >= 3 && !memcmp(data, "\xEF\xBB\xBF", 3) ? 3 : 0; /* a byte order mark */
-    if (format == DOCUMENTS_JSONL) {
-        status = read_jsonl(data + mark, length - mark, &documents, error);
-    } else {
-        struct table table = {.at = data + mark,
-                              .end = data + length,
-                              .quotes = format == DOCUMENTS_CSV,
-                              .separator = format == DOCUMENTS_CSV ? ',' : '\t',
-                              .line = 1};
-        status = read_table(&table, columns, n_columns, &documents, error);
-        buffer_free(&table.fields);
-    }
-    free(data);
+    size_t mark =
+        documents.length >= 3 && !memcmp(documents.text, "\xEF\xBB\xBF", 3) ? 3 : 0; /* a byte order mark */
+    status = format == DOCUMENTS_JSONL ? read_jsonl(&documents, mark, pause, error)
+                                       : read_table(&documents, mark, pause, error);
     if (status)
         documents_free(&documents);
     else

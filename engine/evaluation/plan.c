@@ -156,7 +156,7 @@ int evaluation_plan_read(const json_t *order, struct evaluation_plan **ret_plan,
         .share = !json_is_false(json_object_get(order, "share")),
         .order = order,
     };
-    plan->source = (struct task_source){plan, find_file};
+    plan->source = (struct task_source){.arg = plan, .find = find_file};
     plan->tasks = calloc(count + 1, sizeof *plan->tasks);
     int status = plan->tasks ? 0 : no_memory(error);
     for (size_t i = 0; !status && i < count; i++)

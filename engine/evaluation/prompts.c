@@ -21,8 +21,10 @@ struct prompts {
     char *description;
     struct random_mt random;
     int64_t count, next;
-    int64_t *drawn; /* [shots+1] indices into the pool */
-    int64_t *rest;  /* [pool] */
+    int64_t *drawn;   /* [shots+1] indices into the pool */
+    int64_t *rest;    /* [pool] */
+    uint64_t *prints; /* [pool], where the document under test is left out */
+    struct documents_pause pause;
 };
 
 void example_free(struct example *example)
@@ -35,11 +37,6 @@ void example_free(struct example *example)
 static int no_memory(struct error *error)
 {
     return error_set(error, ERROR_NO_MEMORY, "no memory for prompts");
-}
-
-static int at_document(const struct task_documents *from, int64_t index, struct error *error)
-{
-    return error_prefix(error, "%.200s line %" PRId64 ": ", from->file, from->documents.items[index].line);
 }
 
 /* ---- opening ---- */
@@ -93,7 +90,8 @@ int prompts_open(const struct task *task, int subtask, const struct prompt_optio
     struct prompts *prompts = calloc(1, sizeof *prompts);
     if (!prompts)
         return no_memory(error);
-    *prompts = (struct prompts){.task = task, .tokenizer = tokenizer, .options = *options};
+    *prompts =
+        (struct prompts){.task = task, .tokenizer = tokenizer, .options = *options, .pause = source->pause};
     random_mt_seed(&prompts->random, options->seed);
     int status = task_load(task, subtask, &task->documents, 1, source, &prompts->tested, &split, error);
     if (!status)
@@ -120,6 +118,7 @@ void prompts_free(struct prompts *prompts)
     free(prompts->description);
     free(prompts->drawn);
     free(prompts->rest);
+    free(prompts->prints);
     free(prompts);
 }
 
@@ -138,14 +137,29 @@ const char *prompts_missing_pool(const struct prompts *prompts)
     return prompts->missing_pool;
 }
 
+/* What the task makes of document `index`. */
+static int render(const struct prompts *prompts, const struct task_documents *from, int64_t index,
+                  struct task_text *ret_text, struct error *error)
+{
+    json_t *document;
+    int status = task_document(from, index, &document, error);
+    if (status)
+        return status;
+    status = task_render(prompts->task, document, ret_text, error);
+    json_decref(document);
+    return status ? task_at_document(from, index, error) : 0;
+}
+
 static int check_documents(const struct prompts *prompts, const struct task_documents *from, int64_t count,
                            struct error *error)
 {
     for (int64_t i = 0; i < count; i++) {
         struct task_text text;
-        if (task_render(prompts->task, from->documents.items[i].fields, &text, error))
-            return at_document(from, i, error);
+        int status = render(prompts, from, i, &text, error);
+        if (status)
+            return status;
         task_text_free(&text);
+        documents_take_pause(&prompts->pause);
     }
     return 0;
 }
@@ -160,53 +174,98 @@ int prompts_check(const struct prompts *prompts, struct error *error)
 
 /* ---- examples ---- */
 
-static const json_t *pool_document(const struct prompts *prompts, int64_t index)
+/* Equal documents have equal prints. */
+static int print_document(const struct task_documents *from, int64_t index, uint64_t *ret_print,
+                          struct error *error)
 {
-    return prompts->pool->documents.items[index].fields;
+    json_t *document;
+    int status = task_document(from, index, &document, error);
+    if (status)
+        return status;
+    char *text = json_dumps(document, JSON_COMPACT | JSON_SORT_KEYS);
+    json_decref(document);
+    if (!text)
+        return no_memory(error);
+    uint64_t print = UINT64_C(14695981039346656037); /* FNV-1a */
+    for (const char *at = text; *at; at++)
+        print = (print ^ (unsigned char)*at) * UINT64_C(1099511628211);
+    free(text);
+    *ret_print = print;
+    return 0;
 }
 
-/* Keep those of `count` indices that are not equal to the document; returns how many. */
-static int64_t without_document(const struct prompts *prompts, const json_t *document, int64_t *indices,
+/* Of all that may be drawn; made when the first are asked for. */
+static int print_pool(struct prompts *prompts, struct error *error)
+{
+    const int64_t count = prompts->pool->documents.count;
+    uint64_t *prints = prompts->prints ? NULL : malloc((size_t)count * sizeof *prints);
+    int status = 0;
+    if (prompts->prints)
+        return 0;
+    if (!prints)
+        return no_memory(error);
+    for (int64_t i = 0; !status && i < count; i++) {
+        status = print_document(prompts->pool, i, &prints[i], error);
+        documents_take_pause(&prompts->pause);
+    }
+    if (status)
+        free(prints);
+    else
+        prompts->prints = prints;
+    return status;
+}
+
+/* Keep those of `count` indices whose document is not equal to that under test; returns how many. */
+static int64_t without_document(const struct prompts *prompts, uint64_t document, int64_t *indices,
                                 int64_t count)
 {
     int64_t kept = 0;
     for (int64_t i = 0; i < count; i++)
-        if (!json_equal(pool_document(prompts, indices[i]), document))
+        if (prompts->prints[indices[i]] != document)
             indices[kept++] = indices[i];
     return kept;
 }
 
-/* The pool without the document, in `rest`. */
-static int64_t rest_of_pool(struct prompts *prompts, const json_t *document)
+/* The first `most` of the pool without the document, in `rest`. */
+static int64_t rest_of_pool(struct prompts *prompts, uint64_t document, int64_t most)
 {
-    const int64_t count = prompts->pool->documents.count;
-    for (int64_t i = 0; i < count; i++)
-        prompts->rest[i] = i;
-    return prompts->exclude ? without_document(prompts, document, prompts->rest, count) : count;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < prompts->pool->documents.count && kept < most; i++)
+        if (!prompts->exclude || prompts->prints[i] != document)
+            prompts->rest[kept++] = i;
+    return kept;
 }
 
-/* Fill `drawn` with the document's examples. */
-static int draw(struct prompts *prompts, const json_t *document, struct error *error)
+/* Fill `drawn` with the examples of the document under test. */
+static int draw(struct prompts *prompts, int64_t index, struct error *error)
 {
-    const int64_t shots = prompts->options.shots;
+    const int64_t shots = prompts->options.shots, count = prompts->pool->documents.count;
     int64_t n_rest, *drawn = prompts->drawn;
+    uint64_t document = 0;
+    int status = 0;
+    if (prompts->exclude && !(status = print_pool(prompts, error)))
+        status = print_document(&prompts->tested, index, &document, error);
+    if (status)
+        return status;
     if (prompts->task->first_n) {
-        n_rest = rest_of_pool(prompts, document);
-        if (n_rest < shots)
-            return error_set(error, ERROR_INVALID, "the pool has %" PRId64 " examples beside it", n_rest);
+        n_rest = rest_of_pool(prompts, document, shots);
+        if (n_rest < shots) {
+            error_set(error, ERROR_INVALID, "the pool has %" PRId64 " examples beside it", n_rest);
+            return task_at_document(&prompts->tested, index, error);
+        }
         memcpy(drawn, prompts->rest, (size_t)shots * sizeof *drawn);
         return 0;
     }
-    int status =
-        random_mt_sample(&prompts->random, prompts->pool->documents.count, shots + prompts->exclude, drawn);
+    status = random_mt_sample(&prompts->random, count, shots + prompts->exclude, drawn);
     if (status || !prompts->exclude)
         return status ? no_memory(error) : 0;
     if (without_document(prompts, document, drawn, shots + 1) >= shots)
         return 0;
-    n_rest = rest_of_pool(prompts, document);
-    if (n_rest < shots)
-        return error_set(error, ERROR_INVALID, "the pool has %" PRId64 " examples that differ from it",
-                         n_rest);
+    n_rest = rest_of_pool(prompts, document, count);
+    if (n_rest < shots) {
+        error_set(error, ERROR_INVALID, "the pool has %" PRId64 " examples that differ from it", n_rest);
+        return task_at_document(&prompts->tested, index, error);
+    }
     if (random_mt_sample(&prompts->random, n_rest, shots, drawn))
         return no_memory(error);
     for (int64_t i = 0; i < shots; i++)
@@ -219,9 +278,9 @@ static int append_example(const struct prompts *prompts, int64_t index, struct b
 {
     const struct task *task = prompts->task;
     struct task_text text;
-    int status = task_render(task, pool_document(prompts, index), &text, error);
+    int status = render(prompts, prompts->pool, index, &text, error);
     if (status)
-        return at_document(prompts->pool, index, error);
+        return status;
     const char *chosen = text.choices[text.gold];
     buffer_append_string(prefix, task->kind == TASK_CONTEXTS ? chosen : text.context);
     buffer_append_string(prefix, task->target_delimiter);
@@ -386,6 +445,7 @@ static int make_example(const struct prompts *prompts, const struct buffer *pref
         request->characters = python_length(text->choices[i], strlen(text->choices[i]));
         fill_pair(prompts, prefix, text, i, &making.pair);
         status = make_request(prompts, &making, request, error);
+        documents_take_pause(&prompts->pause);
     }
     if (!status) {
         int32_t *at = example->ids = making.ids.ids;
@@ -406,13 +466,10 @@ int prompts_next(struct prompts *prompts, struct example *ret_example, struct er
     if (prompts->next >= prompts->count)
         return error_set(error, ERROR_INTERNAL, "there are %" PRId64 " documents", prompts->count);
     const int64_t index = prompts->next;
-    const struct document *document = &prompts->tested.documents.items[index];
-    struct example example = {.document = index, .line = document->line};
+    struct example example = {.document = index, .line = prompts->tested.documents.items[index].line};
     struct buffer prefix = {0};
     struct task_text text = {0};
-    int status = 0;
-    if (prompts->options.shots > 0 && (status = draw(prompts, document->fields, error)))
-        at_document(&prompts->tested, index, error);
+    int status = prompts->options.shots > 0 ? draw(prompts, index, error) : 0;
     if (!status && ret_example) {
         buffer_append_string(&prefix, prompts->description);
         for (int32_t i = 0; !status && i < prompts->options.shots; i++) {
@@ -420,13 +477,10 @@ int prompts_next(struct prompts *prompts, struct example *ret_example, struct er
             if (!status && prefix.length > MAX_PREFIX_BYTES)
                 status = error_set(error, ERROR_INVALID, "examples of more than %d bytes", MAX_PREFIX_BYTES);
         }
-        if (!status) {
-            status = task_render(prompts->task, document->fields, &text, error);
-            if (!status)
-                status = make_example(prompts, &prefix, &text, &example, error);
-            if (status)
-                at_document(&prompts->tested, index, error);
-        }
+        if (!status)
+            status = render(prompts, &prompts->tested, index, &text, error);
+        if (!status && (status = make_example(prompts, &prefix, &text, &example, error)))
+            task_at_document(&prompts->tested, index, error);
     }
     buffer_free(&prefix);
     task_text_free(&text);

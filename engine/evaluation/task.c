@@ -194,23 +194,39 @@ static int add_fields(const struct task *task, int subtask, const struct task_fi
     return 0;
 }
 
-static int read_file(const struct task *task, int subtask, const struct task_file *file, const char *path,
+int task_at_document(const struct task_documents *documents, int64_t index, struct error *error)
+{
+    return error_prefix(error, "%.200s line %" PRId64 ": ", documents->file,
+                        documents->documents.items[index].line);
+}
+
+int task_document(const struct task_documents *documents, int64_t index, json_t **ret_document,
+                  struct error *error)
+{
+    json_t *document;
+    int status = documents_get(&documents->documents, index, &document, error);
+    if (!status) {
+        status = add_fields(documents->task, documents->subtask, documents->entry, document, error);
+        if (status)
+            json_decref(document);
+    }
+    if (status)
+        return task_at_document(documents, index, error);
+    *ret_document = document;
+    return 0;
+}
+
+static int read_file(const struct task_file *file, const char *path, const struct task_source *source,
                      struct documents *ret_documents, struct error *error)
 {
     struct documents documents;
-    int status = documents_read(path, file->format, file->columns, file->n_columns, &documents, error);
-    if (status)
-        return status;
-    for (int64_t i = 0; !status && i < documents.count; i++) {
-        status = add_fields(task, subtask, file, documents.items[i].fields, error);
-        if (status)
-            error_prefix(error, "line %" PRId64 ": ", documents.items[i].line);
-    }
-    if (!status && !documents.count)
-        status = error_set(error, ERROR_INVALID, "there are no documents in it");
-    if (status)
+    int status =
+        documents_read(path, file->format, file->columns, file->n_columns, &source->pause, &documents, error);
+    if (!status && !documents.count) {
         documents_free(&documents);
-    else
+        status = error_set(error, ERROR_INVALID, "there are no documents in it");
+    }
+    if (!status)
         *ret_documents = documents;
     return status;
 }
@@ -232,11 +248,12 @@ int task_load(const struct task *task, int subtask, const int *splits, int n_spl
                 status = source->find(source->arg, name, &path, error);
             if (!status && path) {
                 struct documents documents;
-                status = read_file(task, subtask, &split->files[j], path, &documents, error);
+                status = read_file(&split->files[j], path, source, &documents, error);
                 if (status) {
                     error_prefix(error, "%.200s: ", name);
                 } else {
-                    *ret_documents = (struct task_documents){documents, name};
+                    *ret_documents =
+                        (struct task_documents){documents, name, task, &split->files[j], subtask};
                     *ret_split = splits[i];
                     name = NULL;
                     found = true;

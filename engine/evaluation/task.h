@@ -112,17 +112,26 @@ void task_text_free(struct task_text *text);
 struct task_source {
     void *arg;
     int (*find)(void *arg, const char *name, char **ret_path, struct error *error);
+    struct documents_pause pause;
 };
 
-/* A split's documents with the fields that its file entry makes, and the subtask's. */
+/* A split's documents. */
 struct task_documents {
     struct documents documents;
     char *file; /* as the definition calls it */
+    const struct task *task;
+    const struct task_file *entry;
+    int subtask;
 };
 /* subtask: an index, or -1. *ret_split is the index (into `splits`, an array of n) of the split that was there. */
 int task_load(const struct task *task, int subtask, const int *splits, int n_splits,
               const struct task_source *source, struct task_documents *ret_documents, int *ret_split,
               struct error *error);
 void task_documents_free(struct task_documents *documents);
+/* Document `index`, with the fields that its file's entry makes, and the subtask's. Errors name file and line. */
+int task_document(const struct task_documents *documents, int64_t index, json_t **ret_document,
+                  struct error *error);
+/* Prefix an error about a document with its file and line. */
+int task_at_document(const struct task_documents *documents, int64_t index, struct error *error);
 
 #endif

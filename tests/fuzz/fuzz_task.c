@@ -39,7 +39,7 @@ static void run_task(const struct task *task, int subtask, int shots, char *path
 {
     const struct prompt_options options = {
         .shots = shots, .seed = 1234, .limit = DOCUMENTS_MOST, .prefix_id = 0};
-    const struct task_source source = {path, find_any};
+    const struct task_source source = {.arg = path, .find = find_any};
     struct prompts *prompts;
     struct error error = {0};
     if (prompts_open(task, subtask, &options, &source, tokenizer, &prompts, &error)) {

@@ -48,7 +48,7 @@ int main(int argc, char **argv)
     char *text = NULL;
     size_t length;
     int subtask = -1;
-    struct task_source source = {argv[3], find_in_folder};
+    struct task_source source = {.arg = argv[3], .find = find_in_folder};
     int status = file_read(argv[1], 1 << 20, &text, &length, &error);
     if (!status)
         status = task_parse(text, length, &task, &error);

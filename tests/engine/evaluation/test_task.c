@@ -207,10 +207,21 @@ static int find_in_folder(void *arg, const char *name, char **ret_path, struct e
     return 0;
 }
 
+static const struct documents_pause none;
+
+static const char *field(const struct documents *documents, int64_t index, const char *name, char *text)
+{
+    json_t *document;
+    assert_int_equal(documents_get(documents, index, &document, NULL), 0);
+    snprintf(text, 64, "%s", json_string_value(json_object_get(document, name)));
+    json_decref(document);
+    return text;
+}
+
 static void test_tables(void **state)
 {
     const struct folder *folder = *state;
-    char path[1100], a[] = "a", b[] = "b", *columns[] = {a, b};
+    char path[1100], text[64], a[] = "a", b[] = "b", *columns[] = {a, b};
     struct documents documents;
     struct error error = {0};
     snprintf(path, sizeof path, "%s/x", folder->path);
@@ -218,39 +229,55 @@ static void test_tables(void **state)
     put(folder, "x",
         "\xEF\xBB\xBF"
         "q,answer\r\n\"a, \"\"b\"\"\nc\",1\n\n,\"\"\nlast,2");
-    assert_int_equal(documents_read(path, DOCUMENTS_CSV, NULL, 0, &documents, &error), 0);
+    assert_int_equal(documents_read(path, DOCUMENTS_CSV, NULL, 0, &none, &documents, &error), 0);
     assert_int_equal(documents.count, 3);
-    assert_string_equal(json_string_value(json_object_get(documents.items[0].fields, "q")), "a, \"b\"\nc");
-    assert_string_equal(json_string_value(json_object_get(documents.items[0].fields, "answer")), "1");
-    assert_string_equal(json_string_value(json_object_get(documents.items[1].fields, "q")), "");
+    assert_string_equal(field(&documents, 0, "q", text), "a, \"b\"\nc");
+    assert_string_equal(field(&documents, 0, "answer", text), "1");
+    assert_string_equal(field(&documents, 1, "q", text), "");
     assert_int_equal(documents.items[0].line, 2);
     assert_int_equal(documents.items[1].line, 5);
     assert_int_equal(documents.items[2].line, 6);
     documents_free(&documents);
 
     put(folder, "x", "\"quoted\t2\n");
-    assert_int_equal(documents_read(path, DOCUMENTS_TSV, columns, 2, &documents, &error), 0);
-    assert_string_equal(json_string_value(json_object_get(documents.items[0].fields, "a")), "\"quoted");
+    assert_int_equal(documents_read(path, DOCUMENTS_TSV, columns, 2, &none, &documents, &error), 0);
+    assert_string_equal(field(&documents, 0, "a", text), "\"quoted");
     documents_free(&documents);
 
     static const struct {
         enum document_format format;
-        const char *content, *message;
+        const char *content;
+        size_t length;
+        const char *message;
     } bad[] = {
-        {DOCUMENTS_CSV, "1,2\n3\n", "line 2 has 1 fields, not 2"},
-        {DOCUMENTS_CSV, "1,2\n3,\"4\n\n", "line 2: a quote that is not closed"},
-        {DOCUMENTS_TSV, "1\t2\t3\n", "line 1 has 3 fields, not 2"},
-        {DOCUMENTS_TSV, "1\t\xff\n", "line 1: field 2 is not UTF-8"},
-        {DOCUMENTS_JSONL, "{}\n\n[]\n", "line 3 is not a JSON object"},
+#define BYTES(text) text, sizeof text - 1
+        {DOCUMENTS_CSV, BYTES("1,2\n3\n"), "line 2 has 1 fields, not 2"},
+        {DOCUMENTS_CSV, BYTES("1,2\n3,\"4\n\n"), "line 2: a quote that is not closed"},
+        {DOCUMENTS_CSV, BYTES("1,2\n3,4\0005\n"), "line 2: field 2 has a NUL character"},
+        {DOCUMENTS_TSV, BYTES("1\t2\t3\n"), "line 1 has 3 fields, not 2"},
+        {DOCUMENTS_TSV, BYTES("1\t\xff\n"), "line 1: field 2 is not UTF-8"},
+#undef BYTES
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        put(folder, "x", bad[i].content);
-        bool table = bad[i].format != DOCUMENTS_JSONL;
-        assert_int_equal(
-            documents_read(path, bad[i].format, table ? columns : NULL, table ? 2 : 0, &documents, &error),
-            ERROR_INVALID);
+        assert_int_equal(file_write_whole(path, bad[i].content, bad[i].length, NULL), 0);
+        assert_int_equal(documents_read(path, bad[i].format, columns, 2, &none, &documents, &error),
+                         ERROR_INVALID);
         assert_string_equal(error.message, bad[i].message);
     }
+    put(folder, "x", "a,b\xff\n1,2\n");
+    assert_int_equal(documents_read(path, DOCUMENTS_CSV, NULL, 0, &none, &documents, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "line 1: field 2 is not UTF-8");
+
+    put(folder, "x", "{}\n \n[]");
+    json_t *document;
+    assert_int_equal(documents_read(path, DOCUMENTS_JSONL, NULL, 0, &none, &documents, &error), 0);
+    assert_int_equal(documents.count, 2);
+    assert_int_equal(documents.items[1].line, 3);
+    assert_int_equal(documents_get(&documents, 0, &document, &error), 0);
+    json_decref(document);
+    assert_int_equal(documents_get(&documents, 1, &document, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "not a JSON object");
+    documents_free(&documents);
 }
 
 /* ---- definitions ---- */
@@ -339,7 +366,7 @@ static void test_documents_that_are_refused(void **state)
         {"", "t.jsonl: there are no documents in it"},
         {"{\"q\": 1,}\n", NULL},
     };
-    struct task_source source = {folder, find_in_folder};
+    struct task_source source = {.arg = folder, .find = find_in_folder};
     struct prompt_options options = {.seed = 1234, .prefix_id = 0};
     char path[4096];
     struct tokenizer *tokenizer;
@@ -366,7 +393,7 @@ static void test_documents_that_are_refused(void **state)
         if (cases[i].message)
             assert_string_equal(error.message, cases[i].message);
         else
-            assert_memory_equal(error.message, "t.jsonl: line 1: ", 17);
+            assert_memory_equal(error.message, "t.jsonl line 1: ", 16);
     }
     task_free(task);
     assert_int_equal(parse_with("source", "\"somewhere.org\"", &task, &error), 0);
@@ -385,7 +412,7 @@ static void test_examples_are_not_the_document(void **state)
 {
     struct folder *folder = *state;
     struct buffer text = {0};
-    struct task_source source = {folder, find_in_folder};
+    struct task_source source = {.arg = folder, .find = find_in_folder};
     struct prompt_options options = {.shots = 2, .seed = 1234, .prefix_id = 0};
     char path[4096];
     struct tokenizer *tokenizer;
