@@ -11,6 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Documents are read and prompts made for so long before completions have a turn. */
+enum { PAUSE_US = 2000 };
+
 struct worker_evaluation {
     char *name;
     int64_t attempt;
@@ -40,6 +43,22 @@ static void send_addressed(struct worker *worker, const struct worker_evaluation
                        worker_job_address(evaluation->name, evaluation->attempt, more));
 }
 
+static void pause_for_others(void *arg)
+{
+    struct worker *worker = arg;
+    if (worker_now_us() - worker->trained_since_us >= PAUSE_US)
+        worker_yield(worker);
+}
+
+static int read_plan(struct worker *worker, const json_t *payload, struct evaluation_plan **ret_plan,
+                     struct error *error)
+{
+    int status = evaluation_plan_read(payload, ret_plan, error);
+    if (!status)
+        (*ret_plan)->source.pause = (struct documents_pause){pause_for_others, worker};
+    return status;
+}
+
 /* ---- validation ---- */
 
 static int read_name(const json_t *payload, const char **ret_name, int64_t *ret_attempt, struct error *error)
@@ -66,7 +85,8 @@ void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t
     if (!status)
         status = field_array(payload, "precisions", &precisions, &error);
     if (!status)
-        status = evaluation_plan_read(payload, &plan, &error);
+        status = read_plan(worker, payload, &plan, &error);
+    worker->trained_since_us = worker_now_us();
     if (!status)
         status = evaluation_plan_check(plan, warnings, &error);
     if (status) {
@@ -383,7 +403,7 @@ void worker_evaluation_start(struct worker *worker, const json_t *payload)
     evaluation->order = json_incref((json_t *)(uintptr_t)payload);
     evaluation->begun_us = worker_now_us();
     evaluation->n_done = evaluation->n_before = count_done(json_object_get(payload, "done"));
-    int status = evaluation_plan_read(evaluation->order, &evaluation->plan, &error);
+    int status = read_plan(worker, evaluation->order, &evaluation->plan, &error);
     if (!status)
         status = field_integer(payload, "total_steps", 0, INT64_MAX, &evaluation->n_total, &error);
     if (!status)

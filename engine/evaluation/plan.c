@@ -199,19 +199,31 @@ static void warn_of_pool(const struct prompts *prompts, const struct evaluation_
     json_array_append_new(warnings, warning);
 }
 
+/* More shots use all that fewer do: every text is rendered once, for the most of them. */
+static int check_unit(const struct evaluation_plan *plan, struct evaluation_unit *unit, bool render,
+                      json_t *warnings, struct error *error)
+{
+    const struct prompt_options options = {.shots = unit->shots, .limit = plan->limit};
+    struct prompts *prompts;
+    int status = prompts_open(unit->task, unit->subtask, &options, &plan->source, NULL, &prompts, error);
+    if (status)
+        return status;
+    unit->count = prompts_count(prompts);
+    warn_of_pool(prompts, unit, warnings);
+    if (render)
+        status = prompts_check(prompts, error);
+    prompts_free(prompts);
+    return status;
+}
+
 int evaluation_plan_check(struct evaluation_plan *plan, json_t *warnings, struct error *error)
 {
+    int32_t most = 0;
+    for (int i = 0; i < plan->n_units; i++)
+        most = plan->units[i].shots > most ? plan->units[i].shots : most;
     for (int i = 0; i < plan->n_units; i++) {
         struct evaluation_unit *unit = &plan->units[i];
-        const struct prompt_options options = {.shots = unit->shots, .limit = plan->limit};
-        struct prompts *prompts;
-        int status = prompts_open(unit->task, unit->subtask, &options, &plan->source, NULL, &prompts, error);
-        if (!status) {
-            unit->count = prompts_count(prompts);
-            warn_of_pool(prompts, unit, warnings);
-            status = prompts_check(prompts, error);
-            prompts_free(prompts);
-        }
+        int status = check_unit(plan, unit, unit->shots == most, warnings, error);
         if (status)
             return error_prefix(error, "%s at %" PRId32 " shots: ", unit->name, unit->shots);
     }

@@ -24,8 +24,8 @@ struct evaluation_plan {
     int64_t limit;      /* documents of a unit, 0 = all */
     int32_t max_length; /* as prompt_options' */
     bool share;
-    const json_t *order; /* the caller's; "files" and "data_dir" are looked up in it */
-    struct task_source source;
+    const json_t *order;       /* the caller's; "files" and "data_dir" are looked up in it */
+    struct task_source source; /* its pause is the caller's to set */
 };
 
 /* order: {"tasks": [{"name","definition": path}...], "num_fewshot": [n...], "limit": n|null, "seed", "max_length": n|null,

@@ -122,11 +122,43 @@ static void test_orders_that_are_refused(void **state)
     }
 }
 
+static void count_pause(void *arg)
+{
+    ++*(int *)arg;
+}
+
+/* Whoever else wants the thread has a turn between any two documents, and each is rendered once, however many shot counts there
+ * are: 3 lines read for 0 shots; for 2 shots of the split under test twice 3 lines read, and twice 3 texts made. */
+static void test_checking_pauses(void **state)
+{
+    struct evaluation_plan *plan;
+    struct error error = {0};
+    json_t *order, *warnings = json_array();
+    int pauses = 0;
+    put_definitions(*state);
+    put(*state, "t.jsonl", "{\"q\": 1}\n{\"q\": 2}\n{\"q\": 3}\n");
+    assert_int_equal(read_plan(*state, "t=t.json", &plan, &order, &error), 0);
+    plan->source.pause = (struct documents_pause){count_pause, &pauses};
+    assert_int_equal(evaluation_plan_check(plan, warnings, &error), 0);
+    assert_int_equal(evaluation_plan_examples(plan), 6);
+    assert_int_equal(pauses, 3 + 6 + 6);
+    evaluation_plan_free(plan);
+    json_decref(order);
+    put(*state, "t.jsonl", "{\"q\": 1}\n{\"q\": 2}\n{}\n");
+    assert_int_equal(read_plan(*state, "t=t.json", &plan, &order, &error), 0);
+    assert_int_equal(evaluation_plan_check(plan, warnings, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "t at 2 shots: t.jsonl line 3: context: {q}: there is no field 'q'");
+    evaluation_plan_free(plan);
+    json_decref(order);
+    json_decref(warnings);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_names, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_orders_that_are_refused, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(test_checking_pauses, make_folder, remove_folder),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
