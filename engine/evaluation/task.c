@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_LIST_BYTES = 16 << 20, MAX_FILE_NAME = 255 };
+
 static int no_memory(struct error *error)
 {
     return error_set(error, ERROR_NO_MEMORY, "no memory for a document");
@@ -53,6 +55,7 @@ static int render_list(const struct template_list *list, const json_t *document,
         }
     }
     char **texts = calloc(count, sizeof *texts);
+    size_t bytes = 0;
     if (!texts)
         status = no_memory(error);
     for (size_t i = 0; !status && i < count; i++) {
@@ -66,6 +69,9 @@ static int render_list(const struct template_list *list, const json_t *document,
         } else if ((status = template_text(list->items[i], document, &text, error))) {
             error_prefix(error, "%s[%zu]: ", key, i);
         }
+        bytes += text.length;
+        if (!status && bytes > MAX_LIST_BYTES)
+            status = error_set(error, ERROR_INVALID, "%s: more than %d bytes of text", key, MAX_LIST_BYTES);
         if (!status && !(texts[i] = buffer_take(&text, NULL)))
             status = no_memory(error);
         buffer_free(&text);
@@ -244,6 +250,8 @@ int task_load(const struct task *task, int subtask, const int *splits, int n_spl
         for (int j = 0; !status && !found && j < split->n_files; j++) {
             char *name = NULL, *path = NULL;
             status = render(split->files[j].path, fields, "file", &name, error);
+            if (!status && strlen(name) > MAX_FILE_NAME)
+                status = error_set(error, ERROR_INVALID, "file: a name of more than %d bytes", MAX_FILE_NAME);
             if (!status)
                 status = source->find(source->arg, name, &path, error);
             if (!status && path) {

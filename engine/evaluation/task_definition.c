@@ -317,8 +317,11 @@ static int take_metrics(const json_t *root, struct task *task, struct error *err
 static int take_group(const char *group, const json_t *names, struct task *task, struct error *error)
 {
     size_t count = json_array_size(names);
-    if (!is_name(group) || !count || count > MAX_SUBTASKS)
+    if (!is_name(group) || !count)
         return error_set(error, ERROR_INVALID, "subtasks.groups.%.60s: a list of names", group);
+    if (count > (size_t)(MAX_SUBTASKS - task->n_subtasks))
+        return error_set(error, ERROR_INVALID, "subtasks.groups.%.60s: more than %d subtasks", group,
+                         MAX_SUBTASKS);
     struct subtask *grown =
         realloc(task->subtasks, ((size_t)task->n_subtasks + count) * sizeof *task->subtasks);
     if (!grown)

@@ -4,12 +4,13 @@
 #include "engine/evaluation/python_text.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_TEXT = 8 << 20 }; /* bytes that a template or a filter makes */
-enum { MAX_ARGUMENTS = 2, MAX_STEPS = 16, MAX_FILTERS = 16, MAX_PIECES = 256 };
+enum { MAX_ARGUMENTS = 2, MAX_STEPS = 16, MAX_FILTERS = 16, MAX_PIECES = 256, MAX_ARGUMENT_BYTES = 255 };
 
 /* ---- filters ---- */
 
@@ -25,6 +26,17 @@ static int check_size(const struct buffer *out, struct error *error)
 {
     return out->length <= MAX_TEXT ? 0
                                    : error_set(error, ERROR_INVALID, "more than %d bytes of text", MAX_TEXT);
+}
+
+/* The first mark of n bytes. Marks are short; and memmem() reads all of the text at each call in a sanitized build. */
+static const char *find(const char *text, const char *end, const char *mark, size_t n)
+{
+    while ((size_t)(end - text) >= n && (text = memchr(text, mark[0], (size_t)(end - text) - n + 1))) {
+        if (!memcmp(text, mark, n))
+            return text;
+        text++;
+    }
+    return NULL;
 }
 
 static int filter_strip(const char *text, size_t length, char *const *arguments, struct buffer *out,
@@ -52,7 +64,7 @@ static int filter_replace(const char *text, size_t length, char *const *argument
 {
     const size_t n = strlen(arguments[0]);
     const char *end = text + length, *found;
-    while ((found = memmem(text, (size_t)(end - text), arguments[0], n))) {
+    while ((found = find(text, end, arguments[0], n))) {
         buffer_append(out, text, (size_t)(found - text));
         buffer_append_string(out, arguments[1]);
         text = found + n;
@@ -68,12 +80,18 @@ static int filter_without(const char *text, size_t length, char *const *argument
 {
     (void)error;
     const size_t n_open = strlen(arguments[0]), n_close = strlen(arguments[1]);
-    const char *end = text + length, *open;
-    while ((open = memmem(text, (size_t)(end - text), arguments[0], n_open))) {
-        const char *inside = open + n_open;
-        const char *line_end = memchr(inside, '\n', (size_t)(end - inside));
-        size_t reach = (size_t)((line_end ? line_end : end) - inside);
-        const char *close = memmem(inside, reach, arguments[1], n_close);
+    const char *end = text + length, *open, *line_end = NULL;
+    bool closed = true; /* is there a closing mark before line_end? */
+    while ((open = find(text, end, arguments[0], n_open))) {
+        const char *inside = open + n_open, *close = NULL;
+        if (!line_end || inside > line_end) {
+            line_end = memchr(inside, '\n', (size_t)(end - inside));
+            line_end = line_end ? line_end : end;
+            closed = true;
+        }
+        if (closed)
+            close = find(inside, line_end, arguments[1], n_close);
+        closed = close != NULL;
         const char *keep = close ? open : open + 1; /* unclosed: look again behind its first byte */
         buffer_append(out, text, (size_t)(keep - text));
         text = close ? close + n_close : keep;
@@ -90,7 +108,7 @@ static int missing_mark(const char *mark, struct error *error)
 static int filter_before(const char *text, size_t length, char *const *arguments, struct buffer *out,
                          struct error *error)
 {
-    const char *found = memmem(text, length, arguments[0], strlen(arguments[0]));
+    const char *found = find(text, text + length, arguments[0], strlen(arguments[0]));
     if (!found)
         return missing_mark(arguments[0], error);
     buffer_append(out, text, (size_t)(found - text));
@@ -101,7 +119,7 @@ static int filter_after(const char *text, size_t length, char *const *arguments,
                         struct error *error)
 {
     const size_t n = strlen(arguments[0]);
-    const char *found = memmem(text, length, arguments[0], n);
+    const char *found = find(text, text + length, arguments[0], n);
     if (!found)
         return missing_mark(arguments[0], error);
     buffer_append(out, found + n, length - (size_t)(found - text) - n);
@@ -234,6 +252,11 @@ static int parse_argument(struct parser *parser, char **ret_argument)
         if (*parser->at == '\'' && *++parser->at != '\'')
             break;
         buffer_append(&argument, parser->at, 1);
+        if (argument.length > MAX_ARGUMENT_BYTES) {
+            parser->at = open;
+            buffer_free(&argument);
+            return refuse(parser, "an argument of more than %d bytes", MAX_ARGUMENT_BYTES);
+        }
     }
     *ret_argument = buffer_take(&argument, NULL);
     return *ret_argument ? 0 : no_memory(parser->error);
@@ -394,7 +417,7 @@ static int resolve(const json_t *value, char *const *steps, int n_steps, json_t 
     return status;
 }
 
-/* repr() of a float: the fewest digits that are that number. */
+/* repr() of a float: the fewest digits that are that number; an exponent below 1e-4 and from 1e16 on. */
 static void append_real(double value, struct buffer *out)
 {
     char text[40];
@@ -403,6 +426,8 @@ static void append_real(double value, struct buffer *out)
         if (strtod(text, NULL) == value)
             break;
     }
+    if (strchr(text, 'e') && fabs(value) >= 1 && fabs(value) < 1e16)
+        snprintf(text, sizeof text, "%.0f", value);
     buffer_append_string(out, text);
     if (!strpbrk(text, ".en"))
         buffer_append_string(out, ".0");
@@ -435,14 +460,15 @@ static int append_text(const json_t *value, struct buffer *out, struct error *er
     }
 }
 
-/* One filter over text, or over a list's items. */
-static int apply(const struct filter_call *call, const json_t *value, json_t **ret_value, struct error *error)
+/* One filter over text, or over a list's items, of which *left bytes may be made. */
+static int apply(const struct filter_call *call, const json_t *value, size_t *left, json_t **ret_value,
+                 struct error *error)
 {
     int status = 0;
     if (json_is_array(value)) {
         json_t *items = json_array(), *item;
         for (size_t i = 0; !status && i < json_array_size(value); i++) {
-            status = apply(call, json_array_get(value, i), &item, error);
+            status = apply(call, json_array_get(value, i), left, &item, error);
             if (!status && json_array_append_new(items, item))
                 status = no_memory(error);
         }
@@ -457,13 +483,18 @@ static int apply(const struct filter_call *call, const json_t *value, json_t **r
     if (!status && text.failed)
         status = no_memory(error);
     if (!status)
+        status = check_size(&text, error);
+    if (!status)
         status = call->filter->apply(text.data ? text.data : "", text.length, call->arguments, &out, error);
+    if (!status && out.length > *left)
+        status = error_set(error, ERROR_INVALID, "more than %d bytes of text", MAX_TEXT);
     if (!status) {
         json_t *filtered = out.failed ? NULL : json_stringn(out.data ? out.data : "", out.length);
         if (filtered)
             *ret_value = filtered;
         else
             status = no_memory(error);
+        *left -= out.length;
     }
     buffer_free(&text);
     buffer_free(&out);
@@ -483,7 +514,8 @@ static int field_value(const struct piece *piece, const json_t *document, json_t
     int status = resolve(document, piece->steps, piece->n_steps, &value, error);
     for (int i = 0; !status && i < piece->n_calls; i++) {
         json_t *filtered;
-        status = apply(&piece->calls[i], value, &filtered, error);
+        size_t left = MAX_TEXT;
+        status = apply(&piece->calls[i], value, &left, &filtered, error);
         json_decref(value);
         if (status)
             error_prefix(error, "%s: ", piece->calls[i].filter->name);

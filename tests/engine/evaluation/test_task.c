@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 /* ---- templates ---- */
@@ -49,6 +50,8 @@ static void test_templates(void **state)
         {"{{{a}}}", "{\"a\": 1}", "{1}"},
         {"{a} {b} {c} {d} {e}", "{\"a\": 0.1, \"b\": 2.0, \"c\": true, \"d\": 1e300, \"e\": -3}",
          "0.1 2.0 True 1e+300 -3"},
+        {"{a} {b} {c} {d}", "{\"a\": 1e15, \"b\": -1e15, \"c\": 1e16, \"d\": 1e-5}",
+         "1000000000000000.0 -1000000000000000.0 1e+16 1e-05"},
         {"{Question Stem|strip}", "{\"Question Stem\": \" \\u00a0x y\\u2003\\u001c\"}", "x y"},
         {"{a.b.1.c}", "{\"a\": {\"b\": [0, {\"c\": \"deep\"}]}}", "deep"},
         {"{a|capitalize}", "{\"a\": \"\\u00e9TAIT McDonald\"}", "\xc3\x89tait mcdonald"},
@@ -161,6 +164,48 @@ static void test_values(void **state)
         template_free(template);
     }
     json_decref(document);
+}
+
+/* Nor take more than linear time, or make a long list of long texts. */
+static void test_work_is_bounded(void **state)
+{
+    (void)state;
+    enum { LENGTH = 4 << 20 };
+    const struct itimerval limit = {.it_value.tv_sec = 10}, no_limit = {0};
+    struct buffer text = {0}, out = {0}, argument = {0};
+    struct template *template;
+    struct error error = {0};
+    for (int i = 0; i < LENGTH / 2; i++)
+        buffer_append(&text, "[]", 2);
+    buffer_append(&text, "\n", 1);
+    for (int i = 0; i < LENGTH / 2; i++)
+        buffer_append(&text, "[", 1);
+    json_t *document = json_pack("{s:o, s:[]}", "a", json_stringn(text.data, text.length), "l");
+    buffer_free(&text);
+    assert_int_equal(template_parse("{a|without:'[':']'}", &template, &error), 0);
+    setitimer(ITIMER_VIRTUAL, &limit, NULL); /* quadratic, it takes longer */
+    assert_int_equal(template_text(template, document, &out, &error), 0);
+    assert_int_equal(out.length, 1 + LENGTH / 2);
+    template_free(template);
+    for (int i = 0; i < 256; i++)
+        buffer_append(&argument, "b", 1);
+    buffer_printf(&text, "{l|replace:'a':'%s'}", argument.data);
+    assert_int_equal(template_parse(text.data, &template, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "column 16: an argument of more than 255 bytes");
+    buffer_clear(&text);
+    buffer_printf(&text, "{l|replace:'a':'%s'}", argument.data + 1);
+    assert_int_equal(template_parse(text.data, &template, &error), 0);
+    json_t *value;
+    for (int i = 0; i < 40000; i++)
+        json_array_append_new(json_object_get(document, "l"), json_string("a"));
+    assert_int_equal(template_value(template, document, &value, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "{l}: replace: more than 8388608 bytes of text");
+    setitimer(ITIMER_VIRTUAL, &no_limit, NULL);
+    template_free(template);
+    json_decref(document);
+    buffer_free(&text);
+    buffer_free(&out);
+    buffer_free(&argument);
 }
 
 /* ---- files ---- */
@@ -349,6 +394,52 @@ static void test_definitions_that_are_refused(void **state)
     assert_non_null(strstr(error.message, "line 2, column 10"));
 }
 
+static void test_definitions_are_bounded(void **state)
+{
+    const struct folder *folder = *state;
+    struct task_source source = {.arg = (void *)(uintptr_t)folder, .find = find_in_folder};
+    struct prompt_options options = {.seed = 1234};
+    struct buffer text = {0};
+    struct task *task;
+    struct prompts *prompts;
+    struct error error = {0};
+    buffer_append_string(&text, "{\"field\": \"s\", \"groups\": {\"g\": [\"a\"], \"h\": [\"b0\"");
+    for (int i = 1; i < 1024; i++)
+        buffer_printf(&text, ", \"b%d\"", i);
+    buffer_append_string(&text, "]}}");
+    assert_int_equal(parse_with("subtasks", text.data, &task, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "subtasks.groups.h: more than 1024 subtasks");
+
+    /* A document of 4 MiB, a hundred choices that are all of it. */
+    buffer_clear(&text);
+    buffer_append_string(&text, "{\"q\": \"");
+    for (int i = 0; i < 4 << 20; i++)
+        buffer_append(&text, "a", 1);
+    buffer_append_string(&text, "\"}");
+    put(folder, "t.jsonl", text.data);
+    buffer_clear(&text);
+    for (int i = 0; i < 100; i++)
+        buffer_append_string(&text, i ? ", \"{q}\"" : "[\"{q}\"");
+    buffer_append_string(&text, "]");
+    assert_int_equal(parse_with("choices", text.data, &task, &error), 0);
+    assert_int_equal(prompts_open(task, -1, &options, &source, NULL, &prompts, &error), 0);
+    assert_int_equal(prompts_check(prompts, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "t.jsonl line 1: choices: more than 16777216 bytes of text");
+    prompts_free(prompts);
+    task_free(task);
+
+    buffer_clear(&text);
+    buffer_append_string(&text, "{\"test\": [{\"format\": \"jsonl\", \"file\": \"");
+    for (int i = 0; i < 256; i++)
+        buffer_append(&text, "a", 1);
+    buffer_append_string(&text, "\"}]}");
+    assert_int_equal(parse_with("splits", text.data, &task, &error), 0);
+    assert_int_equal(prompts_open(task, -1, &options, &source, NULL, &prompts, &error), ERROR_INVALID);
+    assert_string_equal(error.message, "file: a name of more than 255 bytes");
+    task_free(task);
+    buffer_free(&text);
+}
+
 /* What is wrong with the documents is said with file and line. */
 static void test_documents_that_are_refused(void **state)
 {
@@ -493,8 +584,10 @@ int main(void)
         cmocka_unit_test(test_templates_that_are_refused),
         cmocka_unit_test(test_texts_are_bounded),
         cmocka_unit_test(test_values),
+        cmocka_unit_test(test_work_is_bounded),
         cmocka_unit_test_setup_teardown(test_tables, make_folder, remove_folder),
         cmocka_unit_test(test_definitions_that_are_refused),
+        cmocka_unit_test_setup_teardown(test_definitions_are_bounded, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_documents_that_are_refused, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_examples_are_not_the_document, make_folder, remove_folder),
         cmocka_unit_test(test_built_in_tasks),
