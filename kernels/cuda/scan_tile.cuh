@@ -44,6 +44,8 @@ static __device__ __forceinline__ void copy_piece(T *to, const T *from, bool ins
  * read different rows at the same time, so that rows are shifted against each other. */
 template <typename T, typename SHAPE, int ARRAYS> struct alignas(16) row_tile {
     T v[ARRAYS][SHAPE::TILE][SHAPE::CHANNELS];
+    T behind[SHAPE::LANES]
+            [SHAPE::CHANNELS]; /* what a turn that looks beyond the tile reads; nobody writes it */
 
     static __device__ __forceinline__ int column(int row, int channel)
     {
