@@ -14,6 +14,7 @@
  * BF16_ERROR and F16_ERROR for the others, whose ids may differ where logits tie but for the rounding.
  * With ADDERD_TEST_SMALL=1 a case function runs with the first of its parameters and ever fewer of the following (the
  * 1st, 2nd, 3rd, 5th, 9th ...), and not twice: for tools that slow it down a hundredfold.
+ * ADDERD_TEST_ONLY=PATTERN runs the test functions whose names it matches (* and ? are wild).
  * Sentinels are NaN, so that reading one shows in the result as well. */
 #ifndef TESTS_KERNELS_HARNESS_H
 #define TESTS_KERNELS_HARNESS_H

@@ -54,9 +54,11 @@ void mirror_enter(struct session *session)
 
 /* ---- one array ---- */
 
-static void cast(enum kernel_type to_type, void *to, enum kernel_type from_type, const void *from)
+static void cast(enum kernel_type to_type, void *to, enum kernel_type from_type, const void *from,
+                 size_t count)
 {
-    assert_int_equal(kernels_reference()->cast(NULL, to, to_type, from, from_type, 1), KERNEL_OK);
+    assert_int_equal(kernels_reference()->cast(NULL, to, to_type, from, from_type, (int64_t)count),
+                     KERNEL_OK);
 }
 
 static size_t element_bytes(const struct block *block)
@@ -72,35 +74,33 @@ static size_t block_elements(const struct block *block)
 
 static void to_device_type(const struct block *block, unsigned char *to)
 {
-    size_t size = element_bytes(block), count = block_elements(block);
+    size_t count = block_elements(block);
     if (block->device_type == block->type) {
         memcpy(to, block->raw, block->bytes + 2 * GUARD_BYTES);
         return;
     }
+    cast(block->device_type, to, TYPE_F32, block->raw, count);
     for (size_t i = 0; i < count; i++) {
         uint32_t bits;
         memcpy(&bits, block->raw + 4 * i, 4);
         if (bits == SENTINEL)
-            memcpy(to + size * i, &(uint16_t){SENTINEL_16}, 2);
-        else
-            cast(block->device_type, to + size * i, TYPE_F32, &bits);
+            memcpy(to + 2 * i, &(uint16_t){SENTINEL_16}, 2);
     }
 }
 
 static void from_device_type(struct block *block, const unsigned char *from)
 {
-    size_t size = element_bytes(block), count = block_elements(block);
+    size_t count = block_elements(block);
     if (block->device_type == block->type) {
         memcpy(block->raw, from, block->bytes + 2 * GUARD_BYTES);
         return;
     }
+    cast(TYPE_F32, block->raw, block->device_type, from, count);
     for (size_t i = 0; i < count; i++) {
         uint16_t half;
-        memcpy(&half, from + size * i, 2);
-        uint32_t bits = SENTINEL;
-        if (half != SENTINEL_16)
-            cast(TYPE_F32, &bits, block->device_type, &half);
-        memcpy(block->raw + 4 * i, &bits, 4);
+        memcpy(&half, from + 2 * i, 2);
+        if (half == SENTINEL_16)
+            memcpy(block->raw + 4 * i, &(uint32_t){SENTINEL}, 4);
     }
 }
 
