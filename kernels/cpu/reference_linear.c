@@ -9,17 +9,16 @@ int reference_gemm(struct kernel_device *device, const struct gemm_args *g)
     int status = check_gemm(g);
     if (status != KERNEL_OK)
         return status;
-    const float *a = g->a;
     float *c = g->c;
+    const int64_t a_row = g->transpose_a ? 1 : g->a_stride, a_step = g->transpose_a ? g->a_stride : 1;
+    const int64_t b_column = g->transpose_b ? g->b_stride : 1, b_step = g->transpose_b ? 1 : g->b_stride;
     for (int64_t i = 0; i < g->m; i++) {
         for (int64_t j = 0; j < g->n; j++) {
+            const float *a = (const float *)g->a + i * a_row;
             double sum = 0;
-            for (int64_t l = 0; l < g->k; l++) {
-                float left = a[g->transpose_a ? l * g->a_stride + i : i * g->a_stride + l];
-                float right = load_as_float(g->b, g->b_type,
-                                            g->transpose_b ? j * g->b_stride + l : l * g->b_stride + j);
-                sum += (double)left * (double)right;
-            }
+            for (int64_t l = 0; l < g->k; l++)
+                sum +=
+                    (double)a[l * a_step] * (double)load_as_float(g->b, g->b_type, j * b_column + l * b_step);
             float *out = &c[i * g->c_stride + j];
             double old = g->beta == 0.0f ? 0.0 : (double)g->beta * (double)*out;
             *out = (float)((double)g->alpha * sum + old);

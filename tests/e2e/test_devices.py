@@ -41,7 +41,7 @@ def test_jobs_wait_for_the_gpu_of_a_mixed_pool(own_server):
     client = server.openai()
     assert client.completions.create(model="hatchling", prompt="The", max_tokens=2).choices[0].text
     deadline = time.monotonic() + 20 * PATIENCE
-    while "cuda:99" not in server.text_log() and time.monotonic() < deadline:
+    while "worker down" not in server.text_log() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "worker down" in server.text_log() and ("device cuda:99 does not open" in server.text_log() or "no CUDA" in server.text_log())
     job = create(client, max_steps=1)
@@ -73,21 +73,29 @@ def memory(server, kind):
 
 
 def test_what_cannot_fit_is_refused_at_creation(server, client):
-    if memory(server, "total") > 80e9:
+    total = memory(server, "total")
+    if total > 80e9:
         pytest.skip("needs a host of less memory")
     lines = (json.dumps({"text": f"The quick brown fox number {i} jumps over the lazy dog. " * 20}) for i in range(8000))
     file = upload(client, "\n".join(lines).encode())
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.fine_tuning.jobs.create(model="hatchling", training_file=file, extra_body={"batch_size": 1024, "max_seq_len": 2048})
-    assert refused.value.code == "insufficient_memory" and refused.value.param == "batch_size"
+    try:
+        job = client.fine_tuning.jobs.create(model="hatchling", training_file=file, extra_body={"batch_size": 1024, "max_seq_len": 2048})
+    except openai.BadRequestError as refused:
+        error, message = refused, refused.message
+        assert all(job.training_file != file for job in client.fine_tuning.jobs.list())
+    else:  # on a machine so slow that the plan took longer than a client is kept waiting
+        assert job.progress["planned_memory_bytes"] == 0
+        error = wait_for(client, job.id, "failed").error
+        message = error.message
+    assert error.code == "insufficient_memory" and error.param == "batch_size"
     said = re.search(r"needs (\d+) bytes beyond the model's (\d+).* (\d+) are free; batch_size (\d+) with gradient_accumulation_steps (\d+) fits",
-                     refused.value.message)
+                     message)
     needed, model, free, batch_size, accumulation = map(int, said.groups())
     assert needed > free > model and batch_size * accumulation == 1024
-    assert all(job.training_file != file for job in client.fine_tuning.jobs.list())
     job = client.fine_tuning.jobs.create(model="hatchling", training_file=file, extra_body={
         "batch_size": batch_size, "gradient_accumulation_steps": accumulation, "max_seq_len": 2048})
-    assert 0 < job.progress["planned_memory_bytes"] <= free + model
+    job = wait_for(client, job.id, "queued", "running")
+    assert 0 < job.progress["planned_memory_bytes"] <= total  # others on the host may have made room meanwhile
     client.fine_tuning.jobs.cancel(job.id)
 
 

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DOCUMENTS = 12, CHOICES = 3, ROWS = DOCUMENTS * CHOICES, LONGEST = 400 };
+enum { DOCUMENTS = 6, CHOICES = 3, ROWS = DOCUMENTS * CHOICES, LONGEST = 250 };
 
 struct fixture {
     const struct kernel_ops *ops;
@@ -34,7 +34,7 @@ static uint32_t next(uint32_t *seed)
     return *seed >> 16;
 }
 
-/* Half of the documents begin with the same 90 tokens; choices share their document's, of 1 to 250, and then have 0 to 8. */
+/* Half of the documents begin with the same 90 tokens; choices share their document's, of 1 to 140, and then have 0 to 8. */
 static void make_rows(struct fixture *fixture)
 {
     uint32_t seed = 3;
@@ -42,7 +42,7 @@ static void make_rows(struct fixture *fixture)
         int32_t *first = fixture->ids[i * CHOICES], n = 0;
         for (uint32_t shared = 5; i % 2 && n < 90; n++)
             first[n] = (int32_t)(next(&shared) % 8000);
-        for (int32_t end = n + 1 + (int32_t)(next(&seed) % 250); n < end; n++)
+        for (int32_t end = n + 1 + (int32_t)(next(&seed) % 140); n < end; n++)
             first[n] = (int32_t)(next(&seed) % 8000);
         for (int32_t j = 0; j < CHOICES; j++) {
             int32_t *ids = fixture->ids[i * CHOICES + j], length = n + (int32_t)(next(&seed) % 9);
