@@ -11,10 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Documents are read and prompts made for so long before completions have a turn. */
-enum { PAUSE_US = 2000 };
+enum {
+    PAUSE_US = 2000, /* documents are read and prompts made for so long before completions have a turn */
+    FRAME_BYTES = 4 << 20, /* of results: more are several frames */
+};
 
 struct worker_evaluation {
+    struct worker *worker;
     char *name;
     int64_t attempt;
     json_t *order; /* the START frame's payload */
@@ -29,11 +32,14 @@ struct worker_evaluation {
     struct evaluation_run *run;
     const json_t *done;                /* of the model: {"PRECISION/TASK/SHOTS": ranges}, or NULL */
     int64_t n_before, n_done, n_total; /* examples of all models: of other attempts, scored, in all */
+    int64_t n_passed;                  /* that this attempt scored or found done */
     struct scorer_status reported;     /* of the run, with the last results */
     int64_t begun_us;                  /* the attempt */
     int64_t run_tokens;                /* of all models in this attempt */
     int64_t batch_us;
-    json_t *results; /* of the batch under way */
+    json_t *results; /* of the batch under way, that are not sent yet */
+    size_t result_bytes;
+    bool lost; /* one of them, for want of memory */
 };
 
 static void send_addressed(struct worker *worker, const struct worker_evaluation *evaluation,
@@ -125,44 +131,6 @@ static bool contexts_are_one(const struct example *example)
     return true;
 }
 
-static void on_result(void *arg, const struct example_result *result)
-{
-    struct worker_evaluation *evaluation = arg;
-    const struct example *example = result->example;
-    const bool one = contexts_are_one(example);
-    json_t *choices = json_array();
-    for (int i = 0; i < example->n_requests; i++) {
-        const struct prompt_request *request = &example->requests[i];
-        json_t *choice =
-            json_pack("{s:o, s:o, s:b}", "ids",
-                      encode_ids(request->ids + request->n_context, request->n_ids - request->n_context),
-                      "log_likelihood", frame_number(result->scores[i].log_likelihood), "greedy",
-                      (int)result->scores[i].greedy);
-        if (!one)
-            json_object_set_new(choice, "context_ids", encode_ids(request->ids, request->n_context));
-        json_array_append_new(choices, choice);
-    }
-    json_t *row =
-        json_pack("{s:I, s:i, s:i, s:i, s:i, s:i, s:o}", "doc", (json_int_t)example->document, "gold",
-                  example->gold, "choice", result->choice, "choice_norm", result->choice_norm, "acc",
-                  (int)result->acc, "acc_norm", (int)result->acc_norm, "choices", choices);
-    if (one)
-        json_object_set_new(row, "context_ids",
-                            encode_ids(example->requests[0].ids, example->requests[0].n_context));
-    char *detail = json_dumps(row, JSON_COMPACT);
-    json_decref(row);
-    /* Rows that are lost for want of memory are scored again by the next attempt; the count of the end tells. */
-    if (detail)
-        json_array_append_new(
-            evaluation->results,
-            json_pack("{s:I, s:i, s:i, s:o, s:s}", "doc", (json_int_t)example->document, "acc",
-                      (int)result->acc, "acc_norm", (int)result->acc_norm, "log_likelihood",
-                      frame_number(result->scores[result->unit->task->kind == TASK_TARGET ? 0 : example->gold]
-                                       .log_likelihood),
-                      "detail", detail));
-    free(detail);
-}
-
 static const char *precision_name(const struct model *model)
 {
     if (model_infers_in_tf32(model))
@@ -185,7 +153,7 @@ static struct model *running_model(const struct worker_evaluation *evaluation)
 
 static bool is_done(void *arg, const struct evaluation_unit *unit, int64_t document)
 {
-    const struct worker_evaluation *evaluation = arg;
+    struct worker_evaluation *evaluation = arg;
     char key[sizeof unit->name + 32];
     snprintf(key, sizeof key, "%s/%s/%" PRId32, precision_name(running_model(evaluation)), unit->name,
              unit->shots);
@@ -195,8 +163,10 @@ static bool is_done(void *arg, const struct evaluation_unit *unit, int64_t docum
     {
         if (document < json_integer_value(json_array_get(range, 0)))
             return false;
-        if (document <= json_integer_value(json_array_get(range, 1)))
+        if (document <= json_integer_value(json_array_get(range, 1))) {
+            evaluation->n_passed++;
             return true;
+        }
     }
     return false;
 }
@@ -230,8 +200,8 @@ static const char *metrics_of(const struct task *task)
                                               : "acc_norm";
 }
 
-/* What the last batch came to. Also when no example has become whole: the tokens count. */
-static void send_results(struct worker *worker, struct worker_evaluation *evaluation)
+/* What came of the batch since the last frame. Also when no example has become whole: the tokens count. */
+static void send_results(struct worker_evaluation *evaluation)
 {
     struct scorer_status status;
     const struct evaluation_unit *unit;
@@ -240,26 +210,72 @@ static void send_results(struct worker *worker, struct worker_evaluation *evalua
                   tokens_run = status.tokens_run - evaluation->reported.tokens_run;
     evaluation->reported = status;
     evaluation->n_done += (int64_t)json_array_size(evaluation->results);
+    evaluation->n_passed += (int64_t)json_array_size(evaluation->results);
     evaluation->run_tokens += tokens_run;
     if (!unit)
         return;
-    const double seconds = (double)(worker_now_us() - evaluation->begun_us) / 1e6;
+    const int64_t now_us = worker_now_us();
+    const double seconds = (double)(now_us - evaluation->begun_us) / 1e6;
     const int64_t here = evaluation->n_done - evaluation->n_before;
     const double eta =
         here > 0 ? seconds * (double)(evaluation->n_total - evaluation->n_done) / (double)here : (double)NAN;
     const char *pool = evaluation_run_pool(evaluation->run);
     send_addressed(
-        worker, evaluation, FRAME_EVALUATION_RESULTS,
+        evaluation->worker, evaluation, FRAME_EVALUATION_RESULTS,
         json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:o, s:O, s:I, s:I, s:f, s:o, s:I, s:I, s:o}", "model",
                   evaluation->model_name, "metrics", metrics_of(unit->task), "precision",
                   precision_name(running_model(evaluation)), "task", unit->name, "parent", unit->task->name,
                   "group", unit->subtask < 0 ? "" : unit->task->subtasks[unit->subtask].group, "num_fewshot",
                   (int)unit->shots, "pool", pool ? frame_text(pool, strlen(pool)) : json_null(), "results",
                   evaluation->results, "tokens", (json_int_t)tokens, "tokens_run", (json_int_t)tokens_run,
-                  "seconds", (double)(worker_now_us() - evaluation->batch_us) / 1e6, "tokens_per_second",
+                  "seconds", (double)(now_us - evaluation->batch_us) / 1e6, "tokens_per_second",
                   frame_number(seconds > 0 ? (double)evaluation->run_tokens / seconds : (double)NAN), "step",
                   (json_int_t)evaluation->n_done, "total_steps", (json_int_t)evaluation->n_total,
                   "eta_seconds", frame_number(eta)));
+    json_array_clear(evaluation->results);
+    evaluation->result_bytes = 0;
+    evaluation->batch_us = now_us;
+}
+
+static void on_result(void *arg, const struct example_result *result)
+{
+    struct worker_evaluation *evaluation = arg;
+    const struct example *example = result->example;
+    const bool one = contexts_are_one(example);
+    json_t *choices = json_array();
+    for (int i = 0; i < example->n_requests; i++) {
+        const struct prompt_request *request = &example->requests[i];
+        json_t *choice =
+            json_pack("{s:o, s:o, s:b}", "ids",
+                      encode_ids(request->ids + request->n_context, request->n_ids - request->n_context),
+                      "log_likelihood", frame_number(result->scores[i].log_likelihood), "greedy",
+                      (int)result->scores[i].greedy);
+        if (!one)
+            json_object_set_new(choice, "context_ids", encode_ids(request->ids, request->n_context));
+        json_array_append_new(choices, choice);
+    }
+    json_t *row =
+        json_pack("{s:I, s:i, s:i, s:i, s:i, s:i, s:o}", "doc", (json_int_t)example->document, "gold",
+                  example->gold, "choice", result->choice, "choice_norm", result->choice_norm, "acc",
+                  (int)result->acc, "acc_norm", (int)result->acc_norm, "choices", choices);
+    if (one)
+        json_object_set_new(row, "context_ids",
+                            encode_ids(example->requests[0].ids, example->requests[0].n_context));
+    char *detail = json_dumps(row, JSON_COMPACT);
+    json_decref(row);
+    evaluation->result_bytes += detail ? strlen(detail) : 0;
+    evaluation->lost |=
+        !detail ||
+        json_array_append_new(
+            evaluation->results,
+            json_pack("{s:I, s:i, s:i, s:o, s:s}", "doc", (json_int_t)example->document, "acc",
+                      (int)result->acc, "acc_norm", (int)result->acc_norm, "log_likelihood",
+                      frame_number(result->scores[result->unit->task->kind == TASK_TARGET ? 0 : example->gold]
+                                       .log_likelihood),
+                      "detail", detail));
+    free(detail);
+    if (evaluation->result_bytes >= FRAME_BYTES)
+        send_results(evaluation);
 }
 
 /* ---- its life ---- */
@@ -309,6 +325,19 @@ static void end(struct worker *worker, const char *status, const struct error *e
               "reason", error ? error->message : NULL, NULL);
     worker_evaluation_abandon(worker);
     worker_stream_send(&worker->stream, FRAME_JOB_ENDED, 0, payload);
+}
+
+/* Everything has been gone through. */
+static void end_whole(struct worker *worker)
+{
+    const struct worker_evaluation *evaluation = worker->evaluation;
+    struct error error = {0};
+    if (evaluation->n_passed != evaluation->n_total)
+        error_set(&error, ERROR_INVALID,
+                  "there are %" PRId64 " examples now and were %" PRId64
+                  ": a task's definition or its documents changed meanwhile",
+                  evaluation->n_passed, evaluation->n_total);
+    end(worker, error.code ? "failed" : "succeeded", error.code ? &error : NULL);
 }
 
 /* A view of the model where another precision than the one it is served in is asked for. */
@@ -399,6 +428,7 @@ void worker_evaluation_start(struct worker *worker, const json_t *payload)
         return;
     }
     worker->evaluation = evaluation;
+    evaluation->worker = worker;
     evaluation->attempt = attempt;
     evaluation->order = json_incref((json_t *)(uintptr_t)payload);
     evaluation->begun_us = worker_now_us();
@@ -430,9 +460,11 @@ void worker_evaluation_advance(struct worker *worker)
     int status = evaluation->results ? evaluation_run_advance(evaluation->run, &error)
                                      : error_set(&error, ERROR_NO_MEMORY, "no memory for results");
     if (status > 0)
-        send_results(worker, evaluation);
+        send_results(evaluation);
     json_decref(evaluation->results);
     evaluation->results = NULL;
+    if (evaluation->lost)
+        status = error_set(&error, ERROR_NO_MEMORY, "no memory for results");
     if (!status) {
         leave_model(evaluation);
         evaluation->precision++;
@@ -441,7 +473,7 @@ void worker_evaluation_advance(struct worker *worker)
             evaluation->model++;
         }
         if (evaluation->model == json_array_size(json_object_get(evaluation->order, "models"))) {
-            end(worker, "succeeded", NULL);
+            end_whole(worker);
             return;
         }
         status = enter_model(worker, evaluation, &error);

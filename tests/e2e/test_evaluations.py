@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import threading
 import time
 import urllib.error
@@ -396,6 +397,23 @@ def test_killed_and_resumed(own_server, documents):
         other = by_unit(reference)[unit]
         assert {k: v for k, v in row.items() if not k.startswith("token") and k != "seconds"} == {
             k: v for k, v in other.items() if not k.startswith("token") and k != "seconds"}
+
+
+def test_documents_that_change_meanwhile(own_server, documents, tmp_path):
+    """What was validated is what is scored: an evaluation that finds other documents when it begins fails."""
+    folder = tmp_path / "documents"
+    shutil.copytree(documents, folder)
+    (folder / "counting.jsonl").write_bytes(COUNTS)
+    server = own_server(*flags(folder))
+    put(server, "counting.json", COUNTING)
+    first = create(server, **busy(folder))
+    wait(server, first, "running")
+    evaluation = create(server, tasks=["counting"], num_fewshot=[0, 2])
+    wait(server, evaluation, "queued")
+    (folder / "counting.jsonl").write_bytes(COUNTS[:COUNTS.index(b"\n") * 4 + 4])
+    server.send("POST", f"/v1/evaluations/{first}/cancel")
+    assert wait(server, evaluation, "failed")["error"]["message"] == (
+        "there are 8 examples now and were 12: a task's definition or its documents changed meanwhile")
 
 
 def test_completions_are_served_meanwhile(evaluator, documents):
