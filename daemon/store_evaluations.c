@@ -163,18 +163,18 @@ static int unit_from_row(const struct query *query, void *item, struct error *er
     return 0;
 }
 
-/* Sums go through the documents in their order, so that they are the same whatever came first. */
+/* Sums go through the documents in their order, so that they are the same whatever came first. With a log-likelihood that is not a
+ * number their sums are none. */
 static int run_units(struct connection *connection, struct store_request *request, struct error *error)
 {
     struct results_read *read = (struct results_read *)request;
     struct query query = query_begin(
         connection,
         "SELECT " UNIT_NAMES ", tokens, tokens_run, seconds, count(document), total(acc), total(acc_norm), "
-        "total(log_likelihood), total(log_likelihood * log_likelihood) FROM evaluation_units AS unit LEFT "
-        "JOIN "
-        "evaluation_results AS result INDEXED BY sqlite_autoindex_evaluation_results_1 ON result.unit = "
-        "unit.sequence "
-        "WHERE evaluation = ? GROUP BY unit.sequence ORDER BY unit.sequence LIMIT ?");
+        "CASE WHEN count(log_likelihood) = count(document) THEN total(log_likelihood) END, "
+        "CASE WHEN count(log_likelihood) = count(document) THEN total(log_likelihood * log_likelihood) END "
+        "FROM evaluation_units AS unit LEFT JOIN evaluation_results AS result "
+        "INDEXED BY sqlite_autoindex_evaluation_results_1 ON result.unit = unit.sequence WHERE evaluation = ? GROUP BY unit.sequence ORDER BY unit.sequence LIMIT ?");
     query_text(&query, read->evaluation);
     query_int(&query, INT32_MAX);
     return rows_collect(&read->rows, &query, INT32_MAX - 1, unit_from_row, &read->has_more, error);

@@ -42,7 +42,7 @@ static int insert(struct fixture *fixture, const char *evaluation,
         rows[i] = (struct evaluation_row){.document = first + (int64_t)i,
                                           .acc = (first + (int64_t)i) % 2,
                                           .acc_norm = true,
-                                          .log_likelihood = i ? -0.5 : (double)NAN};
+                                          .log_likelihood = first + (int64_t)i == 9 ? (double)NAN : -0.5};
         assert_true(asprintf(&rows[i].detail, "{\"doc\":%zu}", (size_t)first + i) > 0);
     }
     store_evaluation_insert(fixture->store, evaluation, unit, rows, count, tell, &told);
@@ -82,7 +82,7 @@ static void test_batches_add_up(void **state)
     assert_int_equal(make_evaluation(fixture, "eval-1"), 0);
     assert_int_equal(make_evaluation(fixture, "eval-2"), 0);
     assert_int_equal(insert(fixture, "eval-1", &unit, 4, 3), 0);
-    assert_int_equal(insert(fixture, "eval-1", &other, 0, 1), 0);
+    assert_int_equal(insert(fixture, "eval-1", &other, 8, 2), 0);
     assert_int_equal(insert(fixture, "eval-1", &unit, 0, 2), 0);
     assert_int_equal(insert(fixture, "eval-1", &unit, 5, 2),
                      0); /* again: the rows stand, the cost was paid */
@@ -104,14 +104,15 @@ static void test_batches_add_up(void **state)
     assert_int_equal(first->acc_norm, 5);
     assert_int_equal(first->tokens, 400);
     assert_int_equal(first->tokens_run, 120);
-    assert_true(first->seconds == 2 && first->log_likelihood == -1.5 &&
-                first->log_likelihood_squared == 0.75);
-    assert_int_equal(units.items[1].n, 1);
+    assert_true(first->seconds == 2 && first->log_likelihood == -2.5 &&
+                first->log_likelihood_squared == 1.25);
+    assert_int_equal(units.items[1].n, 2);
+    assert_true(isnan(units.items[1].log_likelihood) && isnan(units.items[1].log_likelihood_squared));
 
     store_evaluation_scored(fixture->store, "eval-1", on_scored, scored);
     fixture_run(fixture);
     assert_string_equal(scored,
-                        "{\"hatchling\":{\"fp32/mmlu_anatomy/5\":[[0,1],[4,6]],\"fp32/mmlu_anatomy/0\":[[0,0]]}}");
+                        "{\"hatchling\":{\"fp32/mmlu_anatomy/5\":[[0,1],[4,6]],\"fp32/mmlu_anatomy/0\":[[8,9]]}}");
     store_evaluation_scored(fixture->store, "eval-none", on_scored, scored);
     store_evaluation_units(fixture->store, "eval-none", on_units, &units);
     fixture_run(fixture);
