@@ -480,7 +480,7 @@ static int run_loop(struct worker *worker)
         if (!status && worker->job.trainer) {
             worker_job_advance(worker);
             status = worker->job.trainer ? generate_in_turn(worker) : pump(worker);
-        } else if (!status && worker->evaluation) {
+        } else if (!status && worker->evaluation && !worker_evaluation_waits(worker)) {
             worker_evaluation_advance(worker);
             status = worker->evaluation ? generate_in_turn(worker) : pump(worker);
         } else if (!status) {

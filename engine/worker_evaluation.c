@@ -25,11 +25,12 @@ struct worker_evaluation {
     size_t model; /* of order's "models": which is running */
     const char *model_name;
     struct loaded_model *loaded;
-    size_t precision;              /* of order's "precisions": which is running */
-    struct model *view;            /* loaded's in another precision, or NULL */
-    struct adapter *own;           /* on the view, or NULL */
-    const struct adapter *adapter; /* loaded's, or own */
-    struct evaluation_run *run;
+    size_t precision;                  /* of order's "precisions": which is running */
+    struct model *view;                /* loaded's in another precision, or NULL */
+    struct adapter *own;               /* on the view, or NULL */
+    const struct adapter *adapter;     /* loaded's, or own */
+    struct evaluation_run *run;        /* NULL = the model is to be entered */
+    bool waits;                        /* for memory that completions take, to enter it */
     const json_t *done;                /* of the model: {"PRECISION/TASK/SHOTS": ranges}, or NULL */
     int64_t n_before, n_done, n_total; /* examples of all models: of other attempts, scored, in all */
     int64_t n_passed;                  /* that this attempt scored or found done */
@@ -400,6 +401,8 @@ static int enter_model(struct worker *worker, struct worker_evaluation *evaluati
         .adapter = evaluation->adapter,
         .arg = evaluation,
         .is_done = is_done,
+        .yield = worker_yield,
+        .yield_arg = worker,
         .result = on_result,
     };
     return evaluation_run_open(&options, &evaluation->run, error);
@@ -436,8 +439,6 @@ void worker_evaluation_start(struct worker *worker, const json_t *payload)
     int status = read_plan(worker, evaluation->order, &evaluation->plan, &error);
     if (!status)
         status = field_integer(payload, "total_steps", 0, INT64_MAX, &evaluation->n_total, &error);
-    if (!status)
-        status = enter_model(worker, evaluation, &error);
     if (status)
         end(worker, "failed", &error);
     else
@@ -451,11 +452,41 @@ void worker_evaluation_stop(struct worker *worker, const char *name, int64_t att
         end(worker, status, NULL);
 }
 
+bool worker_evaluation_waits(const struct worker *worker)
+{
+    return worker->evaluation && worker->evaluation->waits && !loaded_models_idle(&worker->models);
+}
+
+/* Models that nobody uses make room; where that is not enough, the evaluation waits until completions are done. */
+static int enter(struct worker *worker, struct worker_evaluation *evaluation, struct error *error)
+{
+    int status = enter_model(worker, evaluation, error);
+    if (status)
+        leave_model(evaluation);
+    if (status == ERROR_NO_MEMORY && loaded_models_make_room(&worker->models)) {
+        status = enter_model(worker, evaluation, error);
+        if (status)
+            leave_model(evaluation);
+    }
+    evaluation->waits = status == ERROR_NO_MEMORY && !loaded_models_idle(&worker->models);
+    if (!evaluation->waits)
+        return status;
+    log_write(LOG_INFO, "an evaluation waits for room", "job", evaluation->name, "reason", error->message,
+              NULL);
+    return 0;
+}
+
 void worker_evaluation_advance(struct worker *worker)
 {
     struct worker_evaluation *evaluation = worker->evaluation;
     struct error error = {0};
     worker->trained_since_us = evaluation->batch_us = worker_now_us();
+    if (!evaluation->run && enter(worker, evaluation, &error)) {
+        end(worker, "failed", &error);
+        return;
+    }
+    if (!evaluation->run)
+        return;
     evaluation->results = json_array();
     int status = evaluation->results ? evaluation_run_advance(evaluation->run, &error)
                                      : error_set(&error, ERROR_NO_MEMORY, "no memory for results");
@@ -476,7 +507,6 @@ void worker_evaluation_advance(struct worker *worker)
             end_whole(worker);
             return;
         }
-        status = enter_model(worker, evaluation, &error);
     }
     if (status < 0)
         end(worker, "failed", &error);

@@ -84,6 +84,8 @@ void worker_evaluation_start(struct worker *worker, const json_t *payload);
 void worker_evaluation_stop(struct worker *worker, const char *name, int64_t attempt, const char *status);
 /* One batch. */
 void worker_evaluation_advance(struct worker *worker);
+/* Until completions are done there is no room for it. */
+bool worker_evaluation_waits(const struct worker *worker);
 /* Drop it without a word: the process ends. */
 void worker_evaluation_abandon(struct worker *worker);
 

@@ -2,7 +2,7 @@
  *
  * Every row is a path from a root; rows that begin alike share the nodes of what they share, so a model that is run over each node
  * once, from its parent's recurrent state, has run over all rows. A shared stretch of fewer than FOREST_LEAST_SHARED tokens is not
- * worth a copy of a state: it stays with each of its children. The forest depends on the rows alone, not on their order. */
+ * worth a state: it stays with each of its children. The forest depends on the rows alone, not on their order. */
 #ifndef ENGINE_EVALUATION_FOREST_H
 #define ENGINE_EVALUATION_FOREST_H
 

@@ -313,12 +313,17 @@ static int move_space(struct pair *pair, struct error *error)
     return moved.failed ? no_memory(error) : 0;
 }
 
-static int encode(const struct prompts *prompts, const struct buffer *text, struct token_list *ids,
-                  struct error *error)
+/* The text from byte `from` on. */
+static int encode(const struct prompts *prompts, const struct buffer *text, size_t from,
+                  struct token_list *ids, struct error *error)
 {
     if (text->failed)
         return no_memory(error);
-    return text->length ? tokenizer_encode(prompts->tokenizer, text->data, text->length, ids, error) : 0;
+    if (text->length == from)
+        return 0;
+    return from ? tokenizer_encode_continued(prompts->tokenizer, text->data + from, text->length - from, ids,
+                                             error)
+                : tokenizer_encode(prompts->tokenizer, text->data, text->length, ids, error);
 }
 
 /* Nothing to go on from: the prefix token is, or the continuation's own first where that is it. */
@@ -330,7 +335,7 @@ static int split_without_context(const struct prompts *prompts, const struct pai
     if (prefix < 0)
         return error_set(error, ERROR_INVALID,
                          "the context is empty, and the model has no token to begin with");
-    int status = encode(prompts, &pair->continuation, &continuation, error);
+    int status = encode(prompts, &pair->continuation, 0, &continuation, error);
     if (!status && (!continuation.count || continuation.ids[0] != prefix) && token_list_push(ids, prefix))
         status = no_memory(error);
     for (size_t i = 0; !status && i < continuation.count; i++)
@@ -341,47 +346,67 @@ static int split_without_context(const struct prompts *prompts, const struct pai
     return status;
 }
 
-/* Append a pair's ids. `known` keeps the last context's ids: choices share them. */
-static int split(const struct prompts *prompts, struct pair *pair, struct pair *known_text,
-                 struct token_list *known, struct token_list *ids, int32_t *ret_n_context,
-                 struct error *error)
+/* The last context: choices share it. */
+struct known {
+    struct buffer text;
+    struct token_list ids;
+    size_t cut, n_head; /* the last place where whatever begins with it may be cut; ids before that */
+};
+
+static int know(const struct prompts *prompts, const struct buffer *context, struct known *known,
+                struct error *error)
 {
-    struct token_list whole = {0};
-    int status = 0;
+    if (known->ids.count && known->text.length == context->length &&
+        !memcmp(known->text.data, context->data, context->length))
+        return 0;
+    known->ids.count = 0;
+    buffer_clear(&known->text);
+    if (context->length)
+        buffer_append(&known->text, context->data, context->length);
+    if (known->text.failed)
+        return no_memory(error);
+    known->cut = context->length ? tokenizer_cut(prompts->tokenizer, context->data, context->length) : 0;
+    int status =
+        known->cut ? tokenizer_encode(prompts->tokenizer, context->data, known->cut, &known->ids, error) : 0;
+    known->n_head = known->ids.count;
+    return status ? status : encode(prompts, &known->text, known->cut, &known->ids, error);
+}
+
+/* Append a pair's ids. What follows the context may change the context's last ids, but none before the cut. */
+static int split(const struct prompts *prompts, struct pair *pair, struct known *known,
+                 struct token_list *ids, int32_t *ret_n_context, struct error *error)
+{
+    struct token_list tail = {0};
+    struct buffer text = {0};
     if (!pair->context.length)
         return split_without_context(prompts, pair, ids, ret_n_context, error);
-    status = move_space(pair, error);
-    if (!status && (known_text->context.length != pair->context.length || !known->count ||
-                    memcmp(known_text->context.data, pair->context.data, pair->context.length))) {
-        known->count = 0;
-        buffer_clear(&known_text->context);
-        buffer_append(&known_text->context, pair->context.data ? pair->context.data : "",
-                      pair->context.length);
-        status = encode(prompts, &known_text->context, known, error);
-    }
-    struct buffer text = {0};
-    buffer_append(&text, pair->context.data ? pair->context.data : "", pair->context.length);
+    int status = move_space(pair, error);
+    if (!status)
+        status = know(prompts, &pair->context, known, error);
+    if (pair->context.length)
+        buffer_append(&text, pair->context.data, pair->context.length);
     if (pair->continuation.length)
         buffer_append(&text, pair->continuation.data, pair->continuation.length);
     if (!status)
-        status = encode(prompts, &text, &whole, error);
-    for (size_t i = 0; !status && i < known->count; i++)
-        if (token_list_push(ids, known->ids[i]))
+        status = encode(prompts, &text, known->cut, &tail, error);
+    for (size_t i = 0; !status && i < known->ids.count; i++)
+        if (token_list_push(ids, known->ids.ids[i]))
             status = no_memory(error);
-    for (size_t i = known->count; !status && i < whole.count; i++)
-        if (token_list_push(ids, whole.ids[i]))
+    for (size_t i = known->ids.count - known->n_head; !status && i < tail.count; i++)
+        if (token_list_push(ids, tail.ids[i]))
             status = no_memory(error);
-    *ret_n_context = (int32_t)known->count;
+    *ret_n_context = (int32_t)known->ids.count;
     buffer_free(&text);
-    token_list_free(&whole);
+    token_list_free(&tail);
     return status;
 }
 
 /* ---- an example ---- */
 
 struct making {
-    struct pair pair, known_text;
-    struct token_list ids, known;
+    struct pair pair;
+    struct known known;
+    struct token_list ids;
 };
 
 static void fill_pair(const struct prompts *prompts, const struct buffer *prefix,
@@ -406,8 +431,7 @@ static int make_request(const struct prompts *prompts, struct making *making, st
     size_t begin = making->ids.count;
     if (making->pair.context.failed || making->pair.continuation.failed)
         return no_memory(error);
-    int status = split(prompts, &making->pair, &making->known_text, &making->known, &making->ids,
-                       &request->n_context, error);
+    int status = split(prompts, &making->pair, &making->known, &making->ids, &request->n_context, error);
     if (status)
         return status;
     size_t count = making->ids.count - begin;
@@ -455,9 +479,9 @@ static int make_example(const struct prompts *prompts, const struct buffer *pref
     }
     buffer_free(&making.pair.context);
     buffer_free(&making.pair.continuation);
-    buffer_free(&making.known_text.context);
+    buffer_free(&making.known.text);
+    token_list_free(&making.known.ids);
     token_list_free(&making.ids);
-    token_list_free(&making.known);
     return status;
 }
 

@@ -1,14 +1,18 @@
 /* run.c: see run.h.
  *
- * A window is WINDOW documents of a unit (fewer where their prompts are very long); what has been done before is left out of it. Its examples
- * are reported as soon as all their requests are scored. */
+ * A window is some documents of a unit; what has been done before is left out of it. Its examples are reported as soon as all their
+ * requests are scored. While a GPU works on a batch of one window the prompts of the next are made: twice as much as the batch had,
+ * so that a device that is faster than the making of prompts gets windows that grow. */
 #include "engine/evaluation/run.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { WINDOW = 512, WINDOW_IDS = 32 << 20 };
+enum { WINDOW = 1024, WINDOW_IDS = 32 << 20 };
+
+/* Documents that a window has at least, where there are as many. Prefixes are shared within a window alone. */
+enum { HOST_WINDOW = 512, DEVICE_WINDOW = 128 };
 
 /* Room for a batch: what waits meanwhile waits for one. */
 enum {
@@ -23,17 +27,27 @@ enum {
 };
 static const int64_t device_state_bytes = INT64_C(4) << 30;
 
-struct evaluation_run {
-    struct evaluation_run_options options;
-    struct scorer *scorer;
-    int unit;                /* of the window; n_units = all are done */
-    struct prompts *prompts; /* of the unit */
-    int64_t next;            /* document */
+struct window {
+    int unit;
+    char *pool; /* the file that its few-shot examples come from, or NULL */
     struct example examples[WINDOW];
     int n_examples;
     int32_t first_row[WINDOW + 1]; /* of each example */
     bool reported[WINDOW];
-    struct forest_row *rows;
+    int64_t n_ids;
+};
+
+struct evaluation_run {
+    struct evaluation_run_options options;
+    struct scorer *scorer;
+    int least;               /* documents of a window */
+    int unit;                /* whose prompts are made; n_units = all are made */
+    struct prompts *prompts; /* of the unit */
+    int64_t next;            /* document */
+    struct window windows[2], *current, *ahead;
+    int ahead_status; /* of making the one ahead, told when it is its turn */
+    struct error ahead_error;
+    struct forest_row *rows; /* of the current one */
     struct request_score *scores;
 };
 
@@ -43,12 +57,13 @@ static int no_memory(struct error *error)
 }
 
 static int choose_room(const struct evaluation_run_options *options, struct scorer_options *scorer,
-                       struct error *error)
+                       bool *ret_is_host, struct error *error)
 {
     struct kernel_device_info info;
     const struct model *model = options->model;
     if (model_ops(model)->device_query(model_device(model), &info))
         return error_set(error, ERROR_DEVICE, "cannot query the device");
+    *ret_is_host = info.is_host;
     const int64_t most = info.is_host ? HOST_STATES : DEVICE_STATES;
     const int64_t states = (info.is_host ? HOST_STATE_BYTES : device_state_bytes) / model_state_bytes(model);
     scorer->max_tokens = options->max_tokens ? options->max_tokens
@@ -64,12 +79,19 @@ static int choose_room(const struct evaluation_run_options *options, struct scor
 int evaluation_run_open(const struct evaluation_run_options *options, struct evaluation_run **ret_run,
                         struct error *error)
 {
-    struct scorer_options scorer = {.adapter = options->adapter, .share = options->plan->share};
-    int status = choose_room(options, &scorer, error);
+    struct scorer_options scorer = {.adapter = options->adapter,
+                                    .share = options->plan->share,
+                                    .yield = options->yield,
+                                    .yield_arg = options->yield_arg};
+    bool is_host = true;
+    int status = choose_room(options, &scorer, &is_host, error);
     struct evaluation_run *run = status ? NULL : calloc(1, sizeof *run);
     if (!run)
         return status ? status : no_memory(error);
     run->options = *options;
+    run->least = is_host ? HOST_WINDOW : DEVICE_WINDOW;
+    run->current = &run->windows[0];
+    run->ahead = &run->windows[1];
     status = scorer_create(options->model, &scorer, &run->scorer, error);
     if (status)
         evaluation_run_close(run);
@@ -78,10 +100,16 @@ int evaluation_run_open(const struct evaluation_run_options *options, struct eva
     return status;
 }
 
+static void clear_window(struct window *window)
+{
+    while (window->n_examples)
+        example_free(&window->examples[--window->n_examples]);
+    window->n_ids = 0;
+}
+
 static void end_window(struct evaluation_run *run)
 {
-    while (run->n_examples)
-        example_free(&run->examples[--run->n_examples]);
+    clear_window(run->current);
     free(run->rows);
     free(run->scores);
     run->rows = NULL;
@@ -94,6 +122,9 @@ void evaluation_run_close(struct evaluation_run *run)
         return;
     scorer_free(run->scorer);
     end_window(run);
+    clear_window(run->ahead);
+    free(run->current->pool);
+    free(run->ahead->pool);
     prompts_free(run->prompts);
     free(run);
 }
@@ -102,12 +133,12 @@ void evaluation_run_status(const struct evaluation_run *run, struct scorer_statu
                            const struct evaluation_unit **ret_unit)
 {
     scorer_status(run->scorer, ret_status);
-    *ret_unit = run->prompts ? &run->options.plan->units[run->unit] : NULL;
+    *ret_unit = ret_status->batches ? &run->options.plan->units[run->current->unit] : NULL;
 }
 
 const char *evaluation_run_pool(const struct evaluation_run *run)
 {
-    return run->prompts ? prompts_pool_file(run->prompts) : NULL;
+    return run->current->pool;
 }
 
 /* ---- results ---- */
@@ -133,11 +164,11 @@ static int best_of(const struct request_score *scores, const struct example *exa
 
 static void report(struct evaluation_run *run, int index)
 {
-    const struct example *example = &run->examples[index];
+    const struct example *example = &run->current->examples[index];
     struct example_result result = {
-        .unit = &run->options.plan->units[run->unit],
+        .unit = &run->options.plan->units[run->current->unit],
         .example = example,
-        .scores = run->scores + run->first_row[index],
+        .scores = run->scores + run->current->first_row[index],
     };
     if (result.unit->task->kind == TASK_TARGET) {
         result.acc = result.acc_norm = result.scores[0].greedy;
@@ -147,15 +178,15 @@ static void report(struct evaluation_run *run, int index)
         result.acc = result.choice == example->gold;
         result.acc_norm = result.choice_norm == example->gold;
     }
-    run->reported[index] = true;
+    run->current->reported[index] = true;
     run->options.result(run->options.arg, &result);
 }
 
 static void report_scored(struct evaluation_run *run)
 {
-    for (int i = 0; i < run->n_examples; i++) {
-        bool whole = !run->reported[i];
-        for (int32_t row = run->first_row[i]; whole && row < run->first_row[i + 1]; row++)
+    for (int i = 0; i < run->current->n_examples; i++) {
+        bool whole = !run->current->reported[i];
+        for (int32_t row = run->current->first_row[i]; whole && row < run->current->first_row[i + 1]; row++)
             whole = !run->scores[row].n_missing;
         if (whole)
             report(run, i);
@@ -181,39 +212,79 @@ static int open_unit(struct evaluation_run *run, struct error *error)
                         &run->prompts, error);
 }
 
-/* The examples of the next WINDOW documents that are not done. */
-static int take_examples(struct evaluation_run *run, struct error *error)
+/* One more document into the window ahead, if it is not done. *ret_tokens: about what will be run of it. */
+static int take_example(struct evaluation_run *run, int64_t *ret_tokens, struct error *error)
 {
     const struct evaluation_unit *unit = &run->options.plan->units[run->unit];
-    int64_t end = run->next + WINDOW, count = prompts_count(run->prompts);
-    int status = 0;
-    int32_t n_rows = 0;
-    int64_t n_ids = 0;
-    for (; !status && run->next < end && run->next < count && n_ids < WINDOW_IDS; run->next++) {
-        bool done = run->options.is_done && run->options.is_done(run->options.arg, unit, run->next);
-        struct example *example = done ? NULL : &run->examples[run->n_examples];
-        status = prompts_next(run->prompts, example, error);
-        if (status || done)
-            continue;
-        for (int i = 0; i < example->n_requests; i++)
-            n_ids += example->requests[i].n_ids;
-        run->reported[run->n_examples] = false;
-        run->first_row[run->n_examples++] = n_rows;
-        run->first_row[run->n_examples] = n_rows += example->n_requests;
+    struct window *window = run->ahead;
+    bool done = run->options.is_done && run->options.is_done(run->options.arg, unit, run->next);
+    struct example *example = done ? NULL : &window->examples[window->n_examples];
+    int status = prompts_next(run->prompts, example, error);
+    *ret_tokens = 0;
+    if (status)
+        return error_prefix(error, "%s: ", unit->name);
+    run->next++;
+    if (done)
+        return 0;
+    *ret_tokens = example->requests[0].n_context;
+    for (int i = 0; i < example->n_requests; i++) {
+        *ret_tokens += example->requests[i].n_ids - example->requests[i].n_context;
+        window->n_ids += example->requests[i].n_ids;
     }
-    return status ? error_prefix(error, "%s: ", unit->name) : 0;
+    window->reported[window->n_examples] = false;
+    window->first_row[window->n_examples + 1] = window->first_row[window->n_examples] + example->n_requests;
+    window->n_examples++;
+    return 0;
+}
+
+/* The unit of a window that is empty: the next one that has documents left. */
+static int begin_ahead(struct evaluation_run *run, struct error *error)
+{
+    struct window *window = run->ahead;
+    int status = 0;
+    while (!status && run->unit < run->options.plan->n_units) {
+        if (!run->prompts)
+            status = open_unit(run, error);
+        if (status || run->next < prompts_count(run->prompts))
+            break;
+        prompts_free(run->prompts);
+        run->prompts = NULL;
+        run->unit++;
+    }
+    const char *pool = !status && run->prompts ? prompts_pool_file(run->prompts) : NULL;
+    window->unit = run->unit;
+    free(window->pool);
+    window->pool = pool ? strdup(pool) : NULL;
+    return status ? status : pool && !window->pool ? no_memory(error) : 0;
+}
+
+/* Up to so many examples in the window ahead, or about so many tokens more. */
+static void make_ahead(struct evaluation_run *run, int most_examples, int64_t most_tokens)
+{
+    struct window *window = run->ahead;
+    int64_t tokens = 0, of_one;
+    while (!run->ahead_status && window->n_examples < most_examples && tokens < most_tokens &&
+           window->n_ids < WINDOW_IDS) {
+        if (!window->n_examples)
+            run->ahead_status = begin_ahead(run, &run->ahead_error);
+        if (run->ahead_status || !run->prompts || run->next >= prompts_count(run->prompts))
+            return;
+        run->ahead_status = take_example(run, &of_one, &run->ahead_error);
+        tokens += of_one;
+    }
 }
 
 static int begin_window(struct evaluation_run *run, struct error *error)
 {
-    int32_t n_rows = run->first_row[run->n_examples], row = 0;
+    const struct window *window = run->current;
+    int32_t n_rows = window->first_row[window->n_examples], row = 0;
     run->rows = malloc(((size_t)n_rows + 1) * sizeof *run->rows);
     run->scores = malloc(((size_t)n_rows + 1) * sizeof *run->scores);
     if (!run->rows || !run->scores)
         return no_memory(error);
-    for (int i = 0; i < run->n_examples; i++)
-        for (int j = 0; j < run->examples[i].n_requests; j++) {
-            const struct prompt_request *request = &run->examples[i].requests[j];
+    for (int i = 0; i < window->n_examples; i++)
+        for (int j = 0; j < window->examples[i].n_requests; j++) {
+            const struct prompt_request *request = &window->examples[i].requests[j];
             run->rows[row++] = (struct forest_row){request->ids, request->n_ids, request->n_context};
         }
     return scorer_begin(run->scorer, run->rows, n_rows, run->scores, error);
@@ -222,32 +293,31 @@ static int begin_window(struct evaluation_run *run, struct error *error)
 /* Go on to the next window that has something to score. Returns 1, 0 at the end, or a negative code. */
 static int next_window(struct evaluation_run *run, struct error *error)
 {
-    while (run->unit < run->options.plan->n_units) {
-        int status = run->prompts ? 0 : open_unit(run, error);
-        end_window(run);
-        if (!status)
-            status = take_examples(run, error);
-        if (!status && run->n_examples)
-            status = begin_window(run, error);
-        if (status)
-            return status;
-        if (run->n_examples)
-            return 1;
-        if (run->next >= prompts_count(run->prompts)) {
-            prompts_free(run->prompts);
-            run->prompts = NULL;
-            run->unit++;
-        }
+    end_window(run);
+    make_ahead(run, run->least, INT64_MAX);
+    if (run->ahead_status) {
+        *error = run->ahead_error;
+        return run->ahead_status;
     }
-    return 0;
+    struct window *window = run->ahead;
+    run->ahead = run->current;
+    run->current = window;
+    if (!window->n_examples)
+        return 0;
+    int status = begin_window(run, error);
+    return status ? status : 1;
 }
 
 int evaluation_run_advance(struct evaluation_run *run, struct error *error)
 {
-    int status = run->n_examples ? 1 : next_window(run, error);
+    int32_t tokens;
+    int status = run->current->n_examples ? 1 : next_window(run, error);
     if (status <= 0)
         return status;
-    int more = scorer_advance(run->scorer, error);
+    status = scorer_launch(run->scorer, &tokens, error);
+    if (!status)
+        make_ahead(run, WINDOW, 2 * (int64_t)tokens);
+    int more = status ? status : scorer_collect(run->scorer, error);
     if (more < 0)
         return more;
     report_scored(run);

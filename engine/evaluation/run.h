@@ -24,7 +24,10 @@ struct evaluation_run_options {
     void *arg;
     /* Has this document been scored before? */
     bool (*is_done)(void *arg, const struct evaluation_unit *unit, int64_t document);
-    /* Called from evaluation_run_advance(). */
+    /* Called from evaluation_run_advance(), where others may have their turn; or NULL. It must not touch the run. */
+    void (*yield)(void *arg);
+    void *yield_arg;
+    /* The same, of a document that has been scored. */
     void (*result)(void *arg, const struct example_result *result);
 };
 

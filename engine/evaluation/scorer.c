@@ -288,7 +288,9 @@ static int run_batch(struct scorer *scorer, struct error *error)
                                       .from = scorer->from,
                                       .states = scorer->states,
                                       .spans = &span,
-                                      .n_spans = 1};
+                                      .n_spans = 1,
+                                      .yield = scorer->options.yield,
+                                      .yield_arg = scorer->options.yield_arg};
     scorer->status.tokens_run += scorer->n_tokens;
     scorer->status.batches++;
     return runner_forward(scorer->runner, &request, error);
@@ -382,19 +384,30 @@ static void settle(struct scorer *scorer)
     }
 }
 
-int scorer_advance(struct scorer *scorer, struct error *error)
+int scorer_launch(struct scorer *scorer, int32_t *ret_tokens, struct error *error)
 {
-    if (!scorer->n_ready)
-        return 0;
-    fill_batch(scorer);
-    if (!scorer->n_seqs)
+    scorer->n_seqs = scorer->n_tokens = 0;
+    if (scorer->n_ready)
+        fill_batch(scorer);
+    *ret_tokens = scorer->n_tokens;
+    if (scorer->n_ready && !scorer->n_seqs)
         return error_set(error, ERROR_INVALID, "%" PRId32 " recurrent states are too few for these prompts",
                          scorer->options.max_states);
-    int status = run_batch(scorer, error);
-    if (!status)
-        status = score_batch(scorer, error);
+    return scorer->n_seqs ? run_batch(scorer, error) : 0;
+}
+
+int scorer_collect(struct scorer *scorer, struct error *error)
+{
+    int status = score_batch(scorer, error);
     if (status)
         return status;
     settle(scorer);
     return scorer->n_ready > 0;
+}
+
+int scorer_advance(struct scorer *scorer, struct error *error)
+{
+    int32_t tokens;
+    int status = scorer_launch(scorer, &tokens, error);
+    return status ? status : scorer_collect(scorer, error);
 }

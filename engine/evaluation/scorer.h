@@ -19,6 +19,8 @@ struct scorer_options {
     int32_t max_seqs;              /* the same */
     int32_t max_states;            /* kept for nodes that go on, and for their children */
     bool share;                    /* false: every request is run by itself */
+    void (*yield)(void *arg);      /* between layers, as forward_request's; or NULL */
+    void *yield_arg;
 };
 
 /* Of one request. */
@@ -39,6 +41,9 @@ int scorer_begin(struct scorer *scorer, const struct forest_row *rows, int32_t n
                  struct request_score *scores, struct error *error);
 /* Run one batch. Returns 1 while there is more to run, 0 when every score is final, or a negative code. */
 int scorer_advance(struct scorer *scorer, struct error *error);
+/* The same in two: a GPU is at work between them. *ret_tokens: in the batch. */
+int scorer_launch(struct scorer *scorer, int32_t *ret_tokens, struct error *error);
+int scorer_collect(struct scorer *scorer, struct error *error);
 
 struct scorer_status {
     int64_t tokens_run;  /* through the model since scorer_create() */

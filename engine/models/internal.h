@@ -221,7 +221,9 @@ struct runner {
     int64_t scratch_bytes;
     int64_t n_rows; /* of the last forward */
     int32_t n_seqs;
-    bool has_logits;            /* of the last rows, from a step */
+    bool has_logits;          /* of the last rows, from a step */
+    void (*yield)(void *arg); /* the request's */
+    void *yield_arg;
     void *family_memory;        /* on the host: the family's, runner_memory() bytes */
     struct forward_part *parts; /* [max_seqs] of the last forward */
     int32_t n_parts;

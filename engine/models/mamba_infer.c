@@ -112,6 +112,8 @@ int mamba_forward(struct runner *runner, const struct forward_part *part, struct
         }
         status = layer_forward(&flow);
         flow.x = flow.output;
+        if (!status && runner->yield)
+            runner->yield(runner->yield_arg);
     }
     if (status)
         return model_status(status, error, "layer %" PRId64, flow.layer - 1);

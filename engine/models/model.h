@@ -256,6 +256,9 @@ struct forward_request {
     struct state_pool *states; /* NULL: every sequence starts from zero and no state is kept */
     const struct adapter_span *spans;
     int32_t n_spans; /* 0 = the base for all */
+    /* As pass_options': called between layers, NULL = never. It must not touch this runner or these states. */
+    void (*yield)(void *arg);
+    void *yield_arg;
 };
 /* Run the tokens through the model and update the states. One token a sequence takes the families' step path.
  * The hidden states after the final norm stay in the runner until its next call. */

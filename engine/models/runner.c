@@ -305,6 +305,8 @@ int runner_forward(struct runner *runner, const struct forward_request *request,
         return code;
     make_parts(runner, request);
     runner->has_logits = false;
+    runner->yield = request->yield;
+    runner->yield_arg = request->yield_arg;
     runner->n_seqs = request->n_seqs;
     runner->n_rows = request->seq_starts[request->n_seqs];
     for (int32_t s = 0; s < request->n_seqs; s++)

@@ -239,6 +239,18 @@ int tokenizer_encode_continued(const struct tokenizer *tokenizer, const char *te
     return encode(tokenizer, text, length, true, ids, error);
 }
 
+/* A space behind a visible ASCII character: the split's pattern always cuts there, neither side looks at the other, and NFC joins
+ * nothing over it. */
+size_t tokenizer_cut(const struct tokenizer *tokenizer, const char *text, size_t length)
+{
+    if (!tokenizer->split || tokenizer->uncuttable)
+        return 0;
+    for (size_t at = length; at-- > 1;)
+        if (text[at] == ' ' && text[at - 1] > ' ' && text[at - 1] < 0x7F)
+            return at;
+    return 0;
+}
+
 /* ---- decode ---- */
 
 void token_stream_push(struct token_stream *stream, const struct tokenizer *tokenizer, int32_t id,

@@ -43,6 +43,9 @@ int tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t
  * (add_prefix_space), none is put here. */
 int tokenizer_encode_continued(const struct tokenizer *tokenizer, const char *text, size_t length,
                                struct token_list *ids, struct error *error);
+/* Where this text may be cut, whatever follows it: the ids of a text that begins with it are those of its first tokenizer_cut() bytes,
+ * and then those of the rest as continued text. The last such place; 0 = there is none. */
+size_t tokenizer_cut(const struct tokenizer *tokenizer, const char *text, size_t length);
 /* Append the text of ids; special tokens are left out when skip_special. Invalid UTF-8 becomes U+FFFD.
  * ERROR_INVALID when an id is outside 0..tokenizer_size-1. */
 int tokenizer_decode(const struct tokenizer *tokenizer, const int32_t *ids, size_t count, bool skip_special,

@@ -264,6 +264,9 @@ static int load_added_token(struct tokenizer *tokenizer, const json_t *object, s
         return status;
     vocabulary->entries[token.id].special |= special;
 
+    tokenizer->uncuttable |= token.rstrip || (token.single_word && content[0] == ' ');
+    for (size_t i = 1; i < length; i++)
+        tokenizer->uncuttable |= content[i] == ' ' && content[i - 1] != ' ';
     struct buffer pattern = {0};
     if (normalized && tokenizer->nfc)
         status = unicode_nfc(content, length, &pattern);

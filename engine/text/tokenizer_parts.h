@@ -18,6 +18,7 @@ struct tokenizer {
     struct added_tokens normalized; /* matched in the normalized text between those */
     pcre2_code *split;              /* NULL = do not split (use_regex false) */
     bool nfc, add_prefix_space;
+    bool uncuttable; /* an added token may reach over the end of a word, or depends on what is there */
 };
 
 #endif
