@@ -105,21 +105,13 @@ static bool has_builtin(const struct scheduler *scheduler, const char *name)
 static json_t *find_definition(const struct scheduler *scheduler, const char *task, const json_t *uploaded)
 {
     char name[MODEL_ID_BYTES], filename[sizeof name + 8];
-    if (!strncmp(task, file_prefix, strlen(file_prefix))) {
-        const char *key;
-        json_t *id;
-        json_object_foreach((json_t *)(uintptr_t)uploaded, key, id)
-        {
-            if (!strcmp(json_string_value(id), task))
-                return json_incref(id);
-        }
-        return NULL;
-    }
+    if (!strncmp(task, file_prefix, strlen(file_prefix)))
+        return json_object_get(json_object_get(uploaded, "ids"), task) ? json_string(task) : NULL;
     snprintf(name, sizeof name, "%s", task);
     for (char *cut = name + strlen(name); cut; cut = strrchr(name, '_')) {
         *cut = '\0';
         snprintf(filename, sizeof filename, "%s.json", name);
-        json_t *id = json_object_get(uploaded, filename);
+        json_t *id = json_object_get(json_object_get(uploaded, "names"), filename);
         if (has_builtin(scheduler, name))
             return json_string(name);
         if (id)
@@ -144,7 +136,7 @@ static void insert(struct creation *creation, json_t *uploaded)
         }
         json_object_set_new(definitions, json_string_value(task), definition);
     }
-    json_object_foreach(uploaded, filename, id)
+    json_object_foreach(json_object_get(uploaded, "names"), filename, id)
     {
         if (!is_definition(filename))
             json_object_set(files, filename, id);
@@ -160,14 +152,17 @@ static void insert(struct creation *creation, json_t *uploaded)
                      creation->keep(creation->arg, &creation->job), on_inserted, creation);
 }
 
-/* By name; newest first: of files with one name the last that was uploaded counts. */
-static json_t *by_name(const struct file_resource *items, size_t count)
+/* {"names": {a file's name: its id}, "ids": {every id: true}}. The files come newest first: of those with one name the last that was
+ * uploaded counts. */
+static json_t *uploaded_files(const struct file_resource *items, size_t count)
 {
-    json_t *uploaded = json_object();
-    for (size_t i = 0; i < count; i++)
-        if (!json_object_get(uploaded, items[i].filename))
-            json_object_set_new(uploaded, items[i].filename, json_string(items[i].id));
-    return uploaded;
+    json_t *names = json_object(), *ids = json_object();
+    for (size_t i = 0; i < count; i++) {
+        json_object_set_new(ids, items[i].id, json_true());
+        if (!json_object_get(names, items[i].filename))
+            json_object_set_new(names, items[i].filename, json_string(items[i].id));
+    }
+    return json_pack("{s:o, s:o}", "names", names, "ids", ids);
 }
 
 static void on_files(void *arg, int code, const struct file_resource *items, size_t count, bool has_more)
@@ -178,7 +173,7 @@ static void on_files(void *arg, int code, const struct file_resource *items, siz
         refuse(creation, 503, "store_error", NULL, "The uploaded files could not be looked up.");
         return;
     }
-    json_t *uploaded = by_name(items, count);
+    json_t *uploaded = uploaded_files(items, count);
     insert(creation, uploaded);
     json_decref(uploaded);
 }
@@ -243,7 +238,7 @@ static void on_files_of_check(void *arg, int code, const struct file_resource *i
                               bool has_more)
 {
     struct task_check *check = arg;
-    json_t *uploaded = by_name(items, code ? 0 : count), *task;
+    json_t *uploaded = uploaded_files(items, code ? 0 : count), *task;
     const char *missing = NULL;
     size_t i;
     (void)has_more;

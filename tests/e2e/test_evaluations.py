@@ -285,6 +285,24 @@ def test_uploaded_task(evaluator):
     assert text == "After 3 comes"
 
 
+def test_uploaded_again(evaluator):
+    """The newest file of a name counts; an id is that file, whatever was uploaded since."""
+    put(evaluator, "counting.jsonl", COUNTS)
+    first = put(evaluator, "counting.json", COUNTING)
+    put(evaluator, "counting.json", {**COUNTING, "context": "Before {n} is"})
+    old, new = (run(evaluator, tasks=[task], limit=1) for task in (first, "counting"))
+    contexts = [examples(evaluator, state["id"])["hatchling", "counting", 0, 0]["context_ids"] for state in (old, new)]
+    assert contexts[0] != contexts[1]
+
+
+def test_too_many_results(evaluator):
+    put(evaluator, "counting.jsonl", COUNTS)
+    groups = {f"g{i}": [f"s{i}_{j}" for j in range(128)] for i in range(8)}
+    tasks = [put(evaluator, f"many_{i}.json", {**COUNTING, "task": f"many_{i}", "subtasks": {"field": "s", "groups": groups}}) for i in range(2)]
+    state = wait(evaluator, create(evaluator, tasks=tasks, num_fewshot=list(range(9))), "failed")
+    assert "more than 16384 results" in state["error"]["message"]
+
+
 @pytest.mark.parametrize("name,change,message", [
     ("missing", {"context": None}, "the definition of counting_missing: context: missing"),
     ("template", {"context": "{n|up}"}, "the definition of counting_template: context: column 4: no filter is called 'up'"),
