@@ -369,7 +369,11 @@ static void on_results_committed(void *arg, int code, const struct error *error)
     live->ending.status = 0;
     live_job_say(live, "warn",
                  "Results could not be stored; the evaluation goes on with those that are missing");
-    live_job_set_status(live, JOB_QUEUED);
+    if (live_job_wants(live, JOB_CANCELLED)) {
+        live_job_end(live, JOB_CANCELLED, NULL, NULL, NULL);
+        return;
+    }
+    live_job_set_status(live, live_job_wants(live, JOB_PAUSED) ? JOB_PAUSED : JOB_QUEUED);
     live_job_commit(live);
 }
 
