@@ -75,14 +75,15 @@ int64_t evaluation_sum_up(const struct evaluation_unit_resource *units, size_t c
                 continue;
             snprintf(task, sizeof task, "%s%s%s", unit->parent, by_group ? "_" : "",
                      by_group ? unit->group : "");
-            int64_t at = 0;
-            while (at < n_sums && !belongs(&sums[at], unit, task))
-                at++;
-            if (at == n_sums) {
+            int64_t at = n_sums; /* from the end: units come in the order of their sums */
+            while (at > 0 && !belongs(&sums[at - 1], unit, task))
+                at--;
+            if (!at) {
                 sums[n_sums].first = unit;
                 memcpy(sums[n_sums++].task, task, sizeof task);
+                at = n_sums;
             }
-            add_unit(&sums[at], unit);
+            add_unit(&sums[at - 1], unit);
         }
     }
     *ret_sums = sums;

@@ -47,7 +47,7 @@ static const struct cell *find_cell(const struct cell *cells, size_t count, cons
 /* Is this the first cell of its model, or of its model's task? */
 static bool is_first(const struct cell *cells, size_t index, bool of_task)
 {
-    for (size_t i = 0; i < index; i++)
+    for (size_t i = index; i-- > 0;) /* from the end: its like are near */
         if (same_model(&cells[i], &cells[index]) && (!of_task || !strcmp(cells[i].task, cells[index].task)))
             return false;
     return true;

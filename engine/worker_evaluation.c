@@ -14,6 +14,7 @@
 enum {
     PAUSE_US = 2000, /* documents are read and prompts made for so long before completions have a turn */
     FRAME_BYTES = 4 << 20, /* of results: more are several frames */
+    MAX_RESULTS = 1 << 14, /* what clients read again and again */
 };
 
 struct worker_evaluation {
@@ -94,6 +95,12 @@ void worker_evaluation_validate(struct worker *worker, uint64_t id, const json_t
     if (!status)
         status = read_plan(worker, payload, &plan, &error);
     worker->trained_since_us = worker_now_us();
+    if (!status &&
+        (int64_t)plan->n_units * (int64_t)json_array_size(models) * (int64_t)json_array_size(precisions) >
+            MAX_RESULTS)
+        status = error_set_param(
+            &error, ERROR_INVALID, "tasks",
+            "more than %d results: tasks and subtasks, shot counts, models and precisions", MAX_RESULTS);
     if (!status)
         status = evaluation_plan_check(plan, warnings, &error);
     if (status) {
