@@ -84,7 +84,7 @@ def test_what_cannot_fit_is_refused_at_creation(server, client):
         error, message = refused, refused.message
         assert all(job.training_file != file for job in client.fine_tuning.jobs.list())
     else:  # on a machine so slow that the plan took longer than a client is kept waiting
-        assert job.progress["planned_memory_bytes"] == 0
+        assert not job.progress["planned_memory_bytes"]
         error = wait_for(client, job.id, "failed").error
         message = error.message
     assert error.code == "insufficient_memory" and error.param == "batch_size"
