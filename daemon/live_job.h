@@ -133,7 +133,8 @@ json_t *evaluation_payload(struct scheduler *scheduler, const struct job_resourc
 const char *evaluation_refused_precision(const struct scheduler *scheduler, const json_t *settings);
 /* Is there every task that a fine-tuning job's evaluations name? missing: one that there is not, or NULL; valid during the call. */
 #define EVALUATION_NO_TASK                                                                                   \
-    "There is no task '%.200s': neither in the tasks folder nor among the 1,000 newest files with purpose evals."
+    "There is no task '%.200s': neither in the tasks folder nor among the 1,000 newest files with purpose "  \
+    "evals."
 void evaluation_check_tasks(struct scheduler *scheduler, const char *evaluations,
                             void (*done)(void *arg, int code, const char *missing), void *arg);
 /* Does the evaluation name this model? */

@@ -174,7 +174,8 @@ static int run_units(struct connection *connection, struct store_request *reques
         "CASE WHEN count(log_likelihood) = count(document) THEN total(log_likelihood) END, "
         "CASE WHEN count(log_likelihood) = count(document) THEN total(log_likelihood * log_likelihood) END "
         "FROM evaluation_units AS unit LEFT JOIN evaluation_results AS result "
-        "INDEXED BY evaluation_results_sums ON result.unit = unit.sequence WHERE evaluation = ? GROUP BY unit.sequence ORDER BY unit.sequence LIMIT ?");
+        "INDEXED BY evaluation_results_sums ON result.unit = unit.sequence WHERE evaluation = ? GROUP BY "
+        "unit.sequence ORDER BY unit.sequence LIMIT ?");
     query_text(&query, read->evaluation);
     query_int(&query, INT32_MAX);
     return rows_collect(&read->rows, &query, INT32_MAX - 1, unit_from_row, &read->has_more, error);

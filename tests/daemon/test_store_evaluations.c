@@ -111,8 +111,8 @@ static void test_batches_add_up(void **state)
 
     store_evaluation_scored(fixture->store, "eval-1", on_scored, scored);
     fixture_run(fixture);
-    assert_string_equal(scored,
-                        "{\"hatchling\":{\"fp32/mmlu_anatomy/5\":[[0,1],[4,6]],\"fp32/mmlu_anatomy/0\":[[8,9]]}}");
+    assert_string_equal(
+        scored, "{\"hatchling\":{\"fp32/mmlu_anatomy/5\":[[0,1],[4,6]],\"fp32/mmlu_anatomy/0\":[[8,9]]}}");
     store_evaluation_scored(fixture->store, "eval-none", on_scored, scored);
     store_evaluation_units(fixture->store, "eval-none", on_units, &units);
     fixture_run(fixture);
