@@ -12,7 +12,11 @@
  * right factors are 0 in the columns of other tokens.
  *
  * A chunk is gone through forward once to find the states before each of its groups; then its groups from the last to the
- * first, each forward and back. */
+ * first, each forward and back. What a warp's arithmetic would otherwise have to wait for comes by asynchronous copies,
+ * one or two groups or a chunk ahead, to places in shared memory that are the copying lane's own: loads to registers share
+ * the few scoreboards of a warp with its exponentials, which then wait for memory, too. */
+#include <cuda_pipeline.h>
+
 #include "kernels/cuda/scan_backward.cuh"
 
 namespace
@@ -34,7 +38,7 @@ enum {
 static_assert((int)CHANNELS == SCAN_PARTS_CHANNELS, "partial sums are as wide");
 
 constexpr float LN_2 = 0.693147180559945309f;
-constexpr uint32_t ONES = 0x3f803f80u, LEAST = 0xff80ff80u; /* pairs of 1 and of minus infinity */
+constexpr uint32_t ONES = 0x3f803f80u; /* a pair */
 
 /* ---- pairs of bf16, and products on the tensor cores ---- */
 
@@ -62,6 +66,12 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b)
     return product;
 }
 
+__device__ __forceinline__ uint32_t add_product(uint32_t sum, uint32_t a, uint32_t b)
+{
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
 /* A warp's left factor: 16 rows of 16. */
 struct tile {
     uint32_t v[4];
@@ -86,13 +96,6 @@ __device__ __forceinline__ uint32_t turn_pairs(uint32_t v)
     return turned;
 }
 
-/* Rows are states, columns channels: row g is state 4 (g / 2) + g % 2, row g + 8 the second after it; a lane's columns are
- * the channels 4q and 4q+2, 4q+1 and 4q+3. */
-__device__ __forceinline__ struct tile turned(const struct tile &in)
-{
-    return {{turn_pairs(in.v[0]), turn_pairs(in.v[2]), turn_pairs(in.v[1]), turn_pairs(in.v[3])}};
-}
-
 /* sums: rows g and g + 8, of each the columns 2q and 2q+1. */
 __device__ __forceinline__ void multiply_add(float (&sums)[POINTS], const struct tile &a, uint32_t b0,
                                              uint32_t b1)
@@ -102,31 +105,26 @@ __device__ __forceinline__ void multiply_add(float (&sums)[POINTS], const struct
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
 }
+/* The channels' sums of a's rows times b's pairs, over the lane's two: half of the tile. Rows are states, columns pairs of
+ * channels: row g is state 4 (g / 2) + g % 2, row g + 8 the second after it. */
+__device__ __forceinline__ uint2 turned_sum(const struct tile &a, uint2 b)
+{
+    uint32_t lower = add_product(multiply_pairs(a.v[0], b.x), a.v[1], b.y);
+    uint32_t upper = add_product(multiply_pairs(a.v[2], b.x), a.v[3], b.y);
+    return make_uint2(turn_pairs(lower), turn_pairs(upper));
+}
+__device__ __forceinline__ void multiply_add(float (&sums)[POINTS], uint2 a, uint32_t b)
+{
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a.x), "r"(a.y), "r"(b));
+}
 __device__ __forceinline__ void multiply_add(float (&sums)[POINTS], const struct tile &a,
                                              const struct factor &b)
 {
     const uint2 pairs = *reinterpret_cast<const uint2 *>(&b);
     multiply_add(sums, a, pairs.x, pairs.y);
 }
-
-/* ---- memory of a block ---- */
-
-/* Of a warp's channels alone. Rows of 8 are padded so that neighbouring tokens' are in different banks. */
-struct warp_memory {
-    float4 inputs[SCAN_CHUNK][9];                   /* delta and delta x of the channels 2g, 2g+1 */
-    float4 states[GROUPS - 1][LANE_CHANNELS][WARP]; /* before each group but the last */
-    float2 douts[GROUP][10];
-    factor dout_factors[GROUP][WARP], input_factors[GROUP][WARP];
-    float4 sums[2][2]
-               [WARP]; /* dB and dC of a group over the warp's channels; twice, for neighbouring groups */
-};
-
-struct block_memory {
-    struct warp_memory warps[WARPS];
-    float bc[SCAN_CHUNK][2 * STATES];
-    factor bc_factors[2][2][GROUP][WARP]; /* of B and of C; twice, for neighbouring groups */
-    uint32_t ones[GROUP][8];              /* a right factor of ones */
-};
 
 /* ---- rows ---- */
 
@@ -135,37 +133,81 @@ struct raw_points {
     uint32_t v[LANE_TOKENS];
 };
 
-/* A lane's place in a matrix: its channels at its first token of a group. */
-struct place {
-    char *at;
-    int64_t stride; /* bytes */
+/* ---- memory of a block ---- */
 
-    __device__ __forceinline__ place(const void *rows, int64_t row_stride, int64_t row, int64_t c)
-        : at((char *)rows + (row * row_stride + c) * 2), stride(row_stride * 2)
+/* A word of each lane. */
+struct arrival {
+    uint32_t v[WARP];
+};
+
+/* Of a warp's channels alone. Rows of 8 are padded so that neighbouring tokens' are in different banks. */
+struct warp_memory {
+    float4 inputs[SCAN_CHUNK][9];                   /* delta and delta x of the channels 2g, 2g+1 */
+    float4 states[GROUPS - 1][LANE_CHANNELS][WARP]; /* before each group but the last */
+    uint4 outs[GROUP][9];        /* dout of the channels, and of each delta x twice in a pair */
+    uint2 dout_pairs[GROUP][10]; /* of each dout twice */
+    /* On their way from memory, each lane's own. */
+    struct arrival ahead[2][2][LANE_TOKENS]; /* x and dt of two groups */
+    struct arrival back[4][LANE_TOKENS];     /* x, dt, z and dy of one, for the way back */
+    float2 state[LANE_STATES][WARP];         /* before the chunk */
+    float4 sums[2][2]
+               [WARP]; /* dB and dC of a group over the warp's channels; twice, for neighbouring groups */
+};
+
+struct block_memory {
+    struct warp_memory warps[WARPS];
+    float bc[SCAN_CHUNK][2 * STATES];
+    uint4 bc_rows[2][THREADS];            /* the next chunk's on their way, each thread's own */
+    factor bc_factors[2][2][GROUP][WARP]; /* of B and of C; twice, for neighbouring groups */
+    uint32_t ones[GROUP][8];              /* a right factor of ones */
+};
+
+/* A lane's channels in a matrix's rows of a span. An address is one multiplication by a stride of 32 bits. */
+struct column {
+    char *first;
+    int stride; /* bytes */
+
+    __device__ __forceinline__ column(const void *rows, int64_t row_stride, int64_t row, int64_t c)
+        : stride((int)row_stride * 2)
     {
+        size_t address = __cvta_generic_to_global((char *)rows + (row * row_stride + c) * 2);
+        asm("" : "+l"(address)); /* so that nothing is added to it twice */
+        first = (char *)__cvta_global_to_generic(address);
     }
-    __device__ __forceinline__ void move(int groups)
+    __device__ __forceinline__ uint32_t *at(int t) const
     {
-        at += groups * GROUP * stride;
+        return reinterpret_cast<uint32_t *>(first + (int64_t)t * stride);
     }
-    /* Tokens that are not there, beyond `left`, are `absent`. */
-    __device__ __forceinline__ struct raw_points load(int left, uint32_t absent) const
+    /* The tokens t and t + 1; those from `end` on are not there, and 0. */
+    __device__ __forceinline__ struct raw_points load(int t, int end) const
     {
         struct raw_points out;
 #pragma unroll
         for (int k = 0; k < LANE_TOKENS; k++)
-            out.v[k] = k < left ? *reinterpret_cast<const uint32_t *>(at + k * stride) : absent;
+            out.v[k] = t + k < end ? *at(t + k) : 0;
         return out;
     }
-    /* v[channel][token] */
-    __device__ __forceinline__ void store(int left, const float (&v)[LANE_CHANNELS][LANE_TOKENS]) const
+    /* The same, on the way to the lane's words. */
+    __device__ __forceinline__ void copy(struct arrival (&to)[LANE_TOKENS], int lane, int t, int end) const
     {
 #pragma unroll
         for (int k = 0; k < LANE_TOKENS; k++)
-            if (k < left)
-                *reinterpret_cast<uint32_t *>(at + k * stride) = pair_of(v[0][k], v[1][k]);
+            __pipeline_memcpy_async(&to[k].v[lane], at(t + k), 4, t + k < end ? 0 : 4);
+    }
+    /* v[channel][token] */
+    __device__ __forceinline__ void store(int t, int end, const float (&v)[LANE_CHANNELS][LANE_TOKENS]) const
+    {
+#pragma unroll
+        for (int k = 0; k < LANE_TOKENS; k++)
+            if (t + k < end)
+                *at(t + k) = pair_of(v[0][k], v[1][k]);
     }
 };
+
+__device__ __forceinline__ struct raw_points arrived(const struct arrival (&from)[LANE_TOKENS], int lane)
+{
+    return {{from[0].v[lane], from[1].v[lane]}};
+}
 
 /* delta and delta x of a group's points, into the warp's memory. */
 __device__ __forceinline__ void put_inputs(struct warp_memory &w, int t, int g, const struct raw_points &x,
@@ -179,25 +221,29 @@ __device__ __forceinline__ void put_inputs(struct warp_memory &w, int t, int g, 
     }
 }
 
-/* B and C of a chunk, a thread a row; what is not there is 0. */
-__device__ __forceinline__ void put_bc(const struct scan_backward_args &a, struct block_memory &m, int64_t t0,
-                                       int count)
+/* B and C of a chunk on their way, a thread a row; what is not there is 0. */
+__device__ __forceinline__ void copy_bc(const struct scan_backward_args &a, struct block_memory &m,
+                                        int64_t t0, int count)
 {
     static_assert(THREADS == 2 * SCAN_CHUNK, "a thread a row");
     int t = threadIdx.x / 2, is_c = threadIdx.x % 2;
     const void *rows = is_c ? a.c : a.b;
     const uint4 *row = reinterpret_cast<const uint4 *>((const __nv_bfloat16 *)rows +
                                                        (t0 + t) * (is_c ? a.c_stride : a.b_stride));
-    uint4 raw[2] = {};
-    if (t < count)
-        raw[0] = row[0], raw[1] = row[1];
-    float4 *to = reinterpret_cast<float4 *>(&m.bc[t][is_c * STATES]);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        __pipeline_memcpy_async(&m.bc_rows[i][threadIdx.x], t < count ? row + i : (const uint4 *)a.b, 16,
+                                t < count ? 0 : 16);
+}
+
+__device__ __forceinline__ void put_bc(struct block_memory &m)
+{
+    float4 *to = reinterpret_cast<float4 *>(&m.bc[threadIdx.x / 2][threadIdx.x % 2 * STATES]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        to[2 * i] =
-            make_float4(lower_of(raw[i].x), upper_of(raw[i].x), lower_of(raw[i].y), upper_of(raw[i].y));
-        to[2 * i + 1] =
-            make_float4(lower_of(raw[i].z), upper_of(raw[i].z), lower_of(raw[i].w), upper_of(raw[i].w));
+        const uint4 raw = m.bc_rows[i][threadIdx.x];
+        to[2 * i] = make_float4(lower_of(raw.x), upper_of(raw.x), lower_of(raw.y), upper_of(raw.y));
+        to[2 * i + 1] = make_float4(lower_of(raw.z), upper_of(raw.z), lower_of(raw.w), upper_of(raw.w));
     }
 }
 
@@ -213,37 +259,6 @@ __device__ __forceinline__ void put_bc_factors(struct block_memory &m, int group
         *reinterpret_cast<uint2 *>(&m.bc_factors[group % 2][which][t][lane]) =
             make_uint2(pair_of(v.x, v.y), pair_of(v.z, v.w));
     }
-}
-
-/* Puts the lane's channels at token t of a group into a right factor whose rows are turned()'s columns. */
-__device__ __forceinline__ void put_factor(factor (&factors)[GROUP][WARP], int t, int g, float v0, float v1)
-{
-    uint32_t pair = pair_of(v0, v1);
-    factors[t][4 * t + g / 2].v[g % 2] = (uint16_t)pair;
-    factors[t][4 * t + g / 2].v[2 + g % 2] = (uint16_t)(pair >> 16);
-}
-
-__device__ __forceinline__ void prefetch(const void *p)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-/* Brings the inputs of the chunk that ends before t0, and its state, on their way to the second-level cache. */
-__device__ __forceinline__ void prefetch_chunk(const struct scan_backward_args &a, const float *states,
-                                               int64_t t0, int64_t block_c)
-{
-    static_assert(THREADS == 2 * SCAN_CHUNK && THREADS == 8 * STATES,
-                  "two lines a thread, and some of the states");
-    if (block_c + CHANNELS > a.channels)
-        return;
-    int64_t t = t0 - 1 - threadIdx.x / 2;
-    bool second = threadIdx.x % 2;
-    prefetch((const __nv_bfloat16 *)(second ? a.x : a.dt) + t * (second ? a.x_stride : a.dt_stride) +
-             block_c);
-    prefetch((const __nv_bfloat16 *)(second ? a.z : a.dy) + t * (second ? a.z_stride : a.dy_stride) +
-             block_c);
-    if (threadIdx.x < 2 * STATES)
-        prefetch(states + threadIdx.x / 2 * a.channels + block_c + threadIdx.x % 2 * 32);
 }
 
 /* ---- a group ---- */
@@ -309,7 +324,7 @@ run_group(const struct block_memory &m, struct warp_memory &w, int group, int la
         kept[t] = tile_of(part);
         const struct tile now = tile_of(h);
         multiply_add(sums.out, now, m.bc_factors[group % 2][1][t][lane]);
-        multiply_add(over_channels, turned(now), w.dout_factors[t][lane]);
+        multiply_add(over_channels, turned_sum(now, w.dout_pairs[t][g]), m.ones[t][g]);
     }
     w.sums[group % 2][1][lane] =
         make_float4(over_channels[0], over_channels[1], over_channels[2], over_channels[3]);
@@ -318,7 +333,8 @@ run_group(const struct block_memory &m, struct warp_memory &w, int group, int la
         over_channels[i] = 0.0f;
 #pragma unroll
     for (int t = GROUP - 1; t >= 0; t--) {
-        const float2 dout = w.douts[t][g];
+        const uint4 outs = w.outs[t][g];
+        const float2 dout = make_float2(__uint_as_float(outs.x), __uint_as_float(outs.y));
         float c[LANE_STATES], whole[LANE_CHANNELS][LANE_STATES];
         load_shared(&m.bc[group * GROUP + t][STATES + q * LANE_STATES], c);
 #pragma unroll
@@ -330,7 +346,8 @@ run_group(const struct block_memory &m, struct warp_memory &w, int group, int la
             }
         struct tile now = tile_of(whole);
         multiply_add(sums.in, now, m.bc_factors[group % 2][0][t][lane]);
-        multiply_add(over_channels, turned(now), w.input_factors[t][lane]);
+        uint32_t one = m.ones[t][g];
+        multiply_add(over_channels, turned_sum(now, make_uint2(outs.z, outs.w)), one);
 #pragma unroll
         for (int i = 0; i < 4; i++)
             now.v[i] = multiply_pairs(now.v[i], kept[t].v[i]);
@@ -347,7 +364,6 @@ run_group(const struct block_memory &m, struct warp_memory &w, int group, int la
 #pragma unroll
         for (int i = 0; i < 4; i++)
             now.v[i] = multiply_pairs(now.v[i], k->rates.v[i]);
-        uint32_t one = m.ones[t][g];
         multiply_add(sums.through, now, one, one);
     }
     w.sums[group % 2][0][lane] =
@@ -428,8 +444,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     bool active = tile_c < a.channels;
     int64_t c = (active ? tile_c : a.channels - TILE) + g * LANE_CHANNELS;
 
-    for (int i = lane; i < GROUP * WARP; i += WARP)
-        w.dout_factors[i / WARP][lane] = w.input_factors[i / WARP][lane] = factor{};
     if (threadIdx.x < GROUP * 8)
         m.ones[threadIdx.x / 8][threadIdx.x % 8] = threadIdx.x / 8 == threadIdx.x % 8 ? ONES : 0;
     for (int i = threadIdx.x; i < 2 * 2 * GROUP * WARP; i += THREADS)
@@ -457,56 +471,86 @@ __global__ void __launch_bounds__(THREADS, 2)
     for (int i = 0; i < LANE_CHANNELS * LANE_STATES; i++)
         k.rate[i / LANE_STATES][i % LANE_STATES] *= LOG2_E;
 
-    /* The places stay with the present group. */
-    int length = (int)(span.end - span.begin), chunk = (length + SCAN_CHUNK - 1) / SCAN_CHUNK - 1;
-    int own_t = q * LANE_TOKENS, groups = (length - chunk * SCAN_CHUNK + GROUP - 1) / GROUP;
-    int64_t chunk_t = span.begin + chunk * SCAN_CHUNK, last_t = chunk_t + (groups - 1) * GROUP;
-    struct place x_at(a.x, a.x_stride, chunk_t + own_t, c), dt_at(a.dt, a.dt_stride, chunk_t + own_t, c),
-        z_at(a.z, a.z_stride, last_t + own_t, c), dy_at(a.dy, a.dy_stride, last_t + own_t, c),
-        dx_at(a.dx, a.dx_stride, last_t + own_t, c), ddt_at(a.ddt, a.ddt_stride, last_t + own_t, c),
-        dz_at(a.dz, a.dz_stride, last_t + own_t, c), y_at(a.y, a.y_stride, last_t + own_t, c);
-    struct block_sums block(token_parts, last_t);
+    /* Tokens are counted from the span's first. Those that are not there have x and dy 0, and say nothing; a warp
+     * without channels has none. */
+    int length = (int)(span.end - span.begin), end = active ? length : 0, own_t = q * LANE_TOKENS;
+    const struct column x_at(a.x, a.x_stride, span.begin, c), dt_at(a.dt, a.dt_stride, span.begin, c),
+        z_at(a.z, a.z_stride, span.begin, c), dy_at(a.dy, a.dy_stride, span.begin, c),
+        dx_at(a.dx, a.dx_stride, span.begin, c), ddt_at(a.ddt, a.ddt_stride, span.begin, c),
+        dz_at(a.dz, a.dz_stride, span.begin, c), y_at(a.y, a.y_stride, span.begin, c);
+    int chunk = (length + SCAN_CHUNK - 1) / SCAN_CHUNK - 1;
     const float *state =
         a.chunk_states + (span.chunk + chunk) * state_size + q * LANE_STATES * a.channels + c;
-    for (; chunk >= 0; chunk--) {
-        int count = min((int)SCAN_CHUNK, length - chunk * SCAN_CHUNK);
-        int left = active ? count - own_t : 0; /* tokens from the lane's first on */
-        float h[LANE_CHANNELS][LANE_STATES];
-        groups = (count + GROUP - 1) / GROUP;
-        {
-            const struct raw_points x = x_at.load(left, 0), dt = dt_at.load(left, LEAST);
-#pragma unroll
-            for (int i = 0; i < LANE_STATES; i++)
-#pragma unroll
-                for (int j = 0; j < LANE_CHANNELS; j++)
-                    h[j][i] = state[i * a.channels + j];
-            put_bc(a, m, span.begin + chunk * SCAN_CHUNK, count);
-            put_inputs(w, own_t, g, x, dt, bias);
+    /* x and dt of a group of the chunk. */
+    auto copy_group = [&](int group) {
+        int t = chunk * SCAN_CHUNK + group * GROUP + own_t;
+        x_at.copy(w.ahead[group % 2][0], lane, t, end);
+        dt_at.copy(w.ahead[group % 2][1], lane, t, end);
+    };
+    /* What the way back takes of the group from token t on: by copies where the sums over tokens need the registers, else
+     * all but z and dy of a chunk's last group by loads. */
+    auto copy_back = [&](int t) {
+        if (SUMS) {
+            x_at.copy(w.back[0], lane, t + own_t, end);
+            dt_at.copy(w.back[1], lane, t + own_t, end);
         }
+        z_at.copy(w.back[2], lane, t + own_t, end);
+        dy_at.copy(w.back[3], lane, t + own_t, end);
+        __pipeline_commit();
+    };
+    /* What a chunk begins with. */
+    auto copy_first = [&]() {
+        copy_group(0);
+        copy_group(1);
+#pragma unroll
+        for (int i = 0; i < LANE_STATES; i++)
+            __pipeline_memcpy_async(&w.state[i][lane], state + i * a.channels, 8);
+        copy_bc(a, m, span.begin + chunk * SCAN_CHUNK, length - chunk * SCAN_CHUNK);
+        __pipeline_commit();
         state -= state_size;
+    };
+    if (chunk >= 0)
+        copy_first();
+    struct block_sums block(token_parts, span.begin + (length - 1) / GROUP * GROUP);
+    while (chunk >= 0) {
+        int t0 = chunk * SCAN_CHUNK, groups = (min((int)SCAN_CHUNK, length - t0) + GROUP - 1) / GROUP;
+        float h[LANE_CHANNELS][LANE_STATES];
+        copy_back(t0 + (groups - 1) * GROUP);
+        __pipeline_wait_prior(1);
+#pragma unroll
+        for (int i = 0; i < LANE_STATES; i++) {
+            const float2 v = w.state[i][lane];
+            h[0][i] = v.x, h[1][i] = v.y;
+        }
+        put_bc(m);
+        put_inputs(w, own_t, g, arrived(w.ahead[0][0], lane), arrived(w.ahead[0][1], lane), bias);
         __syncthreads();
         put_bc_factors(m, groups - 1);
-        if (chunk > 0)
-            prefetch_chunk(a, a.chunk_states + (span.chunk + chunk - 1) * state_size,
-                           span.begin + chunk * SCAN_CHUNK, block_c);
 
-        /* Forward. A group's inputs are made while states go through the group before it. */
-        int last_left = left - (groups - 1) * GROUP;
-        struct raw_points z = z_at.load(last_left, 0), dy = dy_at.load(last_left, 0);
+        /* Forward. A group's inputs are made while states go through the group before it, and those of the one after
+         * it are on their way. */
 #pragma unroll 1
         for (int group = 0; group < groups - 1; group++) {
-            x_at.move(1), dt_at.move(1), left -= GROUP;
-            const struct raw_points x = x_at.load(left, 0), dt = dt_at.load(left, LEAST);
+            if (group + 2 < groups)
+                copy_group(group + 2);
+            __pipeline_commit();
 #pragma unroll
             for (int j = 0; j < LANE_CHANNELS; j++)
                 w.states[group][j][lane] = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
             step_group(m, w, group, g, q, k.rate, h);
-            put_inputs(w, (group + 1) * GROUP + own_t, g, x, dt, bias);
+            __pipeline_wait_prior(1);
+            put_inputs(w, (group + 1) * GROUP + own_t, g, arrived(w.ahead[(group + 1) % 2][0], lane),
+                       arrived(w.ahead[(group + 1) % 2][1], lane), bias);
             __syncwarp();
         }
+        __pipeline_wait_prior(0);
+        struct raw_points z = arrived(w.back[2], lane), dy = arrived(w.back[3], lane);
         __syncthreads();
 
-        /* Back, group by group. */
+        /* Back, group by group, with the chunk before this one on its way. */
+        chunk--;
+        if (chunk >= 0)
+            copy_first();
 #pragma unroll 1
         for (int group = groups - 1; group >= 0; group--) {
             if (group < groups - 1)
@@ -515,8 +559,11 @@ __global__ void __launch_bounds__(THREADS, 2)
                     const float4 v = w.states[group][j][lane];
                     h[j][0] = v.x, h[j][1] = v.y, h[j][2] = v.z, h[j][3] = v.w;
                 }
-            const struct raw_points x = x_at.load(left, 0), dt = dt_at.load(left, 0);
-            x_at.move(-1), dt_at.move(-1), z_at.move(-1), dy_at.move(-1);
+            int group_t = t0 + group * GROUP, t_own = group_t + own_t;
+            const struct raw_points x = SUMS ? arrived(w.back[0], lane) : x_at.load(t_own, end),
+                                    dt = SUMS ? arrived(w.back[1], lane) : dt_at.load(t_own, end);
+            if (SUMS)
+                z = arrived(w.back[2], lane), dy = arrived(w.back[3], lane);
             float dys[LANE_CHANNELS][LANE_TOKENS], gate[LANE_CHANNELS][LANE_TOKENS],
                 gated[LANE_CHANNELS][LANE_TOKENS], dout[LANE_CHANNELS][LANE_TOKENS];
             float4 in[LANE_TOKENS];
@@ -531,18 +578,19 @@ __global__ void __launch_bounds__(THREADS, 2)
                     gated[j][t] = zs * gate[j][t];
                     dout[j][t] = dys[j][t] * gated[j][t];
                 }
-                w.douts[own_t + t][g] = make_float2(dout[0][t], dout[1][t]);
-                put_factor(w.dout_factors, own_t + t, g, dout[0][t], dout[1][t]);
-                put_factor(w.input_factors, own_t + t, g, in[t].y, in[t].w);
+                w.outs[own_t + t][g] = make_uint4(__float_as_uint(dout[0][t]), __float_as_uint(dout[1][t]),
+                                                  pair_of(in[t].y, in[t].y), pair_of(in[t].w, in[t].w));
+                w.dout_pairs[own_t + t][g] =
+                    make_uint2(pair_of(dout[0][t], dout[0][t]), pair_of(dout[1][t], dout[1][t]));
             }
-            if (group > 0)
-                z = z_at.load(left + GROUP, 0), dy = dy_at.load(left + GROUP, 0);
+            if (group > 0 && SUMS)
+                copy_back(group_t - GROUP);
+            else if (group > 0)
+                z = z_at.load(t_own - GROUP, end), dy = dy_at.load(t_own - GROUP, end);
             __syncwarp();
             const struct group_sums sums = run_group<SUMS>(m, w, group, lane, h, &k);
             if (group > 0)
                 put_bc_factors(m, group - 1);
-            __syncthreads();
-            block.add(m, group % 2, count - group * GROUP);
 
             float dx[LANE_CHANNELS][LANE_TOKENS], ddt[LANE_CHANNELS][LANE_TOKENS],
                 dz[LANE_CHANNELS][LANE_TOKENS], y[LANE_CHANNELS][LANE_TOKENS];
@@ -559,17 +607,17 @@ __global__ void __launch_bounds__(THREADS, 2)
                     ddt[j][t] = fmaf(xs, input, sums.through[j * 2 + t]) * sigmoid(dts + bias[j]);
                     if (SUMS) {
                         k.skip_sum[j] = fmaf(dout[j][t], xs, k.skip_sum[j]);
-                        k.bias_sum[j] += t < left ? ddt[j][t] : 0.0f;
+                        k.bias_sum[j] += t_own + t < end ? ddt[j][t] : 0.0f;
                     }
                 }
-            dx_at.store(left, dx), ddt_at.store(left, ddt), dz_at.store(left, dz);
+            dx_at.store(t_own, end, dx), ddt_at.store(t_own, end, ddt), dz_at.store(t_own, end, dz);
             if (a.y != NULL)
-                y_at.store(left, y);
-            dx_at.move(-1), ddt_at.move(-1), dz_at.move(-1), y_at.move(-1);
-            left += GROUP;
+                y_at.store(t_own, end, y);
+            if (SUMS)
+                __pipeline_wait_prior(0);
+            __syncthreads();
+            block.add(m, group % 2, length - group_t);
         }
-        /* Now at the group before this chunk; the next begins with the first of its own. */
-        x_at.move(1 - GROUPS), dt_at.move(1 - GROUPS);
     }
     if (SUMS && active)
         store_sums(a, parts.channels + span.index * (state_size + 2 * a.channels), tile_c, lane, k);
@@ -593,8 +641,13 @@ int launch(struct kernel_device *device, const struct scan_backward_args &a, con
 
 bool cuda_scan_backward_tiles_fit(const struct kernel_device *device, const struct scan_backward_args &a)
 {
-    return a.act == TYPE_BF16 && a.d_state == STATES && a.channels % TILE == 0 &&
-           (int)sizeof(struct block_memory) <= device->shared_bytes;
+    const int64_t strides[] = {a.x_stride,  a.dt_stride,  a.z_stride,  a.dy_stride,
+                               a.dx_stride, a.ddt_stride, a.dz_stride, a.y != NULL ? a.y_stride : 0};
+    for (int64_t stride : strides)
+        if (stride > INT32_MAX / 2)
+            return false;
+    return (uintptr_t)a.chunk_states % sizeof(float2) == 0 && a.act == TYPE_BF16 && a.d_state == STATES &&
+           a.channels % TILE == 0 && (int)sizeof(struct block_memory) <= device->shared_bytes;
 }
 
 int cuda_scan_backward_tiles(struct kernel_device *device, const struct scan_backward_args &a,
