@@ -11,8 +11,8 @@
 
 enum { WINDOW = 1024, WINDOW_IDS = 32 << 20 };
 
-/* Documents that a window has at least, where there are as many. Prefixes are shared within a window alone. */
-enum { HOST_WINDOW = 512, DEVICE_WINDOW = 128 };
+/* What a window has at least, where there is as much: documents, for prefixes are shared within a window alone; on a GPU batches. */
+enum { HOST_WINDOW = 512, DEVICE_BATCHES = 4 };
 
 /* Room for a batch: what waits meanwhile waits for one. */
 enum {
@@ -34,13 +34,14 @@ struct window {
     int n_examples;
     int32_t first_row[WINDOW + 1]; /* of each example */
     bool reported[WINDOW];
-    int64_t n_ids;
+    int64_t n_ids, n_tokens; /* of all requests; about what will be run of them */
 };
 
 struct evaluation_run {
     struct evaluation_run_options options;
     struct scorer *scorer;
-    int least;               /* documents of a window */
+    int least_examples; /* of a window; or so many tokens */
+    int64_t least_tokens;
     int unit;                /* whose prompts are made; n_units = all are made */
     struct prompts *prompts; /* of the unit */
     int64_t next;            /* document */
@@ -89,7 +90,8 @@ int evaluation_run_open(const struct evaluation_run_options *options, struct eva
     if (!run)
         return status ? status : no_memory(error);
     run->options = *options;
-    run->least = is_host ? HOST_WINDOW : DEVICE_WINDOW;
+    run->least_examples = is_host ? HOST_WINDOW : WINDOW;
+    run->least_tokens = is_host ? INT64_MAX : DEVICE_BATCHES * scorer.max_tokens;
     run->current = &run->windows[0];
     run->ahead = &run->windows[1];
     status = scorer_create(options->model, &scorer, &run->scorer, error);
@@ -104,7 +106,7 @@ static void clear_window(struct window *window)
 {
     while (window->n_examples)
         example_free(&window->examples[--window->n_examples]);
-    window->n_ids = 0;
+    window->n_ids = window->n_tokens = 0;
 }
 
 static void end_window(struct evaluation_run *run)
@@ -212,23 +214,22 @@ static int open_unit(struct evaluation_run *run, struct error *error)
                         &run->prompts, error);
 }
 
-/* One more document into the window ahead, if it is not done. *ret_tokens: about what will be run of it. */
-static int take_example(struct evaluation_run *run, int64_t *ret_tokens, struct error *error)
+/* One more document into the window ahead, if it is not done. */
+static int take_example(struct evaluation_run *run, struct error *error)
 {
     const struct evaluation_unit *unit = &run->options.plan->units[run->unit];
     struct window *window = run->ahead;
     bool done = run->options.is_done && run->options.is_done(run->options.arg, unit, run->next);
     struct example *example = done ? NULL : &window->examples[window->n_examples];
     int status = prompts_next(run->prompts, example, error);
-    *ret_tokens = 0;
     if (status)
         return error_prefix(error, "%s: ", unit->name);
     run->next++;
     if (done)
         return 0;
-    *ret_tokens = example->requests[0].n_context;
+    window->n_tokens += example->requests[0].n_context;
     for (int i = 0; i < example->n_requests; i++) {
-        *ret_tokens += example->requests[i].n_ids - example->requests[i].n_context;
+        window->n_tokens += example->requests[i].n_ids - example->requests[i].n_context;
         window->n_ids += example->requests[i].n_ids;
     }
     window->reported[window->n_examples] = false;
@@ -258,19 +259,17 @@ static int begin_ahead(struct evaluation_run *run, struct error *error)
     return status ? status : pool && !window->pool ? no_memory(error) : 0;
 }
 
-/* Up to so many examples in the window ahead, or about so many tokens more. */
+/* Until the window ahead has so many examples, or about so many tokens. */
 static void make_ahead(struct evaluation_run *run, int most_examples, int64_t most_tokens)
 {
     struct window *window = run->ahead;
-    int64_t tokens = 0, of_one;
-    while (!run->ahead_status && window->n_examples < most_examples && tokens < most_tokens &&
+    while (!run->ahead_status && window->n_examples < most_examples && window->n_tokens < most_tokens &&
            window->n_ids < WINDOW_IDS) {
         if (!window->n_examples)
             run->ahead_status = begin_ahead(run, &run->ahead_error);
         if (run->ahead_status || !run->prompts || run->next >= prompts_count(run->prompts))
             return;
-        run->ahead_status = take_example(run, &of_one, &run->ahead_error);
-        tokens += of_one;
+        run->ahead_status = take_example(run, &run->ahead_error);
     }
 }
 
@@ -294,7 +293,7 @@ static int begin_window(struct evaluation_run *run, struct error *error)
 static int next_window(struct evaluation_run *run, struct error *error)
 {
     end_window(run);
-    make_ahead(run, run->least, INT64_MAX);
+    make_ahead(run, run->least_examples, run->least_tokens);
     if (run->ahead_status) {
         *error = run->ahead_error;
         return run->ahead_status;
@@ -316,7 +315,7 @@ int evaluation_run_advance(struct evaluation_run *run, struct error *error)
         return status;
     status = scorer_launch(run->scorer, &tokens, error);
     if (!status)
-        make_ahead(run, WINDOW, 2 * (int64_t)tokens);
+        make_ahead(run, WINDOW, run->ahead->n_tokens + 2 * (int64_t)tokens);
     int more = status ? status : scorer_collect(run->scorer, error);
     if (more < 0)
         return more;

@@ -46,6 +46,7 @@ def messages(client, job):
     return [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)][::-1]
 
 
+@pytest.mark.tsan
 def test_at_the_end(client):
     job = start(client, {"num_fewshot": [0, 2], "limit": 4})
     assert job.evaluations == {"tasks": ["sounds"], "num_fewshot": [0, 2], "limit": 4, "max_length": None, "reuse_states": True,

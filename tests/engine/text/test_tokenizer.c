@@ -174,6 +174,44 @@ static size_t put_character(char *to, uint64_t *seed)
     return n;
 }
 
+/* Texts of the vectors, cut anywhere: what begins one has the ids of its head, and then those of the rest. */
+static void test_cuts(void **state)
+{
+    (void)state;
+    json_t *vectors = read_json("tests/vectors/tokenizer.json");
+    const char *const files[][2] = {{"hatchling", HATCHLING}, {"gpt-neox-20b", NEOX}};
+    int64_t n_cuts = 0;
+    for (size_t i = 0; i < 2; i++) {
+        struct tokenizer *tokenizer = load_tokenizer(files[i][1]);
+        const json_t *cases = json_object_get(vectors, files[i][0]);
+        for (size_t j = 0; j < json_array_size(cases); j++) {
+            const json_t *json = json_object_get(json_array_get(cases, j), "text");
+            const char *text = json_string_value(json);
+            const size_t length = json_string_length(json) < 300 ? json_string_length(json) : 300;
+            struct token_list whole = {0};
+            assert_int_equal(tokenizer_encode(tokenizer, text, length, &whole, NULL), 0);
+            for (size_t begin = 0; begin <= length; begin++) {
+                const size_t cut = tokenizer_cut(tokenizer, text, begin);
+                struct token_list parts = {0};
+                assert_true(cut < begin || !begin);
+                if (!cut)
+                    continue;
+                n_cuts++;
+                assert_int_equal(tokenizer_encode(tokenizer, text, cut, &parts, NULL), 0);
+                assert_int_equal(
+                    tokenizer_encode_continued(tokenizer, text + cut, length - cut, &parts, NULL), 0);
+                assert_int_equal(parts.count, whole.count);
+                assert_memory_equal(parts.ids, whole.ids, whole.count * sizeof *whole.ids);
+                token_list_free(&parts);
+            }
+            token_list_free(&whole);
+        }
+        tokenizer_free(tokenizer);
+    }
+    assert_true(n_cuts > 100);
+    json_decref(vectors);
+}
+
 static void test_round_trips(void **state)
 {
     (void)state;
@@ -362,11 +400,11 @@ static void test_refusals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_vectors),     cmocka_unit_test(test_unicode_vectors),
-        cmocka_unit_test(test_lookup),      cmocka_unit_test(test_continued),
-        cmocka_unit_test(test_round_trips), cmocka_unit_test(test_invalid_utf8),
-        cmocka_unit_test(test_streams),     cmocka_unit_test(test_long_words),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_vectors),      cmocka_unit_test(test_unicode_vectors),
+        cmocka_unit_test(test_lookup),       cmocka_unit_test(test_continued),
+        cmocka_unit_test(test_cuts),         cmocka_unit_test(test_round_trips),
+        cmocka_unit_test(test_invalid_utf8), cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_long_words),   cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests_name("tokenizer", tests, NULL, NULL);
 }
