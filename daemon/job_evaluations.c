@@ -369,6 +369,8 @@ static void on_final_written(void *arg, int code, const struct error *error)
     } else {
         live->evaluations.trained = true;
         live_job_say(live, "info", "Training is done; the job ends with its evaluations");
+        if (live_job_wants(live, JOB_PAUSED)) /* asked for while we wrote */
+            live_job_set_status(live, JOB_PAUSED);
         live_job_commit(live);
         look(live);
     }
