@@ -53,11 +53,15 @@ static int add_unit(struct evaluation_plan *plan, const struct task *task, int s
     if (plan->n_units == MAX_UNITS)
         return error_set_param(error, ERROR_INVALID, "tasks", "more than %d tasks and shot counts",
                                MAX_UNITS);
-    struct evaluation_unit *units = realloc(plan->units, ((size_t)plan->n_units + 1) * sizeof *units);
-    if (!units)
-        return no_memory(error);
-    plan->units = units;
-    struct evaluation_unit *unit = &units[plan->n_units++];
+    if (plan->n_units == plan->capacity) {
+        int capacity = plan->capacity ? 2 * plan->capacity : 64;
+        struct evaluation_unit *units = realloc(plan->units, (size_t)capacity * sizeof *units);
+        if (!units)
+            return no_memory(error);
+        plan->units = units;
+        plan->capacity = capacity;
+    }
+    struct evaluation_unit *unit = &plan->units[plan->n_units++];
     *unit = (struct evaluation_unit){.task = task, .subtask = subtask, .shots = shots};
     snprintf(unit->name, sizeof unit->name, "%s%s%s", task->name, subtask < 0 ? "" : "_",
              subtask < 0 ? "" : task->subtasks[subtask].name);

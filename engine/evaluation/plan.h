@@ -18,7 +18,7 @@ struct evaluation_unit {
 struct evaluation_plan {
     int n_tasks;
     struct task **tasks;
-    int n_units;
+    int n_units, capacity;
     struct evaluation_unit *units;
     uint64_t seed;
     int64_t limit;      /* documents of a unit, 0 = all */
