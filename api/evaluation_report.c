@@ -5,8 +5,9 @@
  *     gain[k]           score(k) - score(0)
  *     relative_gain[k]  gain[k] / score(0)
  *     aipss             the mean of relative_gain over the shot counts: average improvement per shot count
- * A model's aipss is the mean of its tasks'. `shares`: which part of one model's aipss another reaches. `divergence`: of each
- * precision, the mean absolute difference from fp32 over all tasks and shot counts, and how many of them exceed one point.
+ * A model's aipss is the mean of its tasks'. `shares`: which part of one model's aipss another reaches in the same precision.
+ * `divergence`: of each precision, the mean absolute difference from fp32 over all tasks and shot counts, and how many of them
+ * exceed one point.
  * The metric is acc_norm where a task has it, acc otherwise. */
 #include "api/evaluation.h"
 
@@ -142,10 +143,12 @@ static json_t *report_encode(const struct job_resource *job, const struct cell *
         for (size_t j = 0; !isnan(aipss) && j < json_array_size(tables); j++) {
             const json_t *other = json_array_get(tables, j);
             double of = json_number_value(json_object_get(other, "aipss"));
-            if (of > 0)
-                json_array_append_new(
-                    shares, json_pack("{s:O?, s:O?, s:o}", "model", json_object_get(table, "model"), "of",
-                                      json_object_get(other, "model"), "share", encode_number(aipss / of)));
+            const json_t *precision = json_object_get(other, "precision");
+            if (of > 0 && json_equal(precision, json_object_get(table, "precision")))
+                json_array_append_new(shares, json_pack("{s:O?, s:O?, s:O?, s:o}", "model",
+                                                        json_object_get(table, "model"), "of",
+                                                        json_object_get(other, "model"), "precision",
+                                                        precision, "share", encode_number(aipss / of)));
         }
         json_array_append_new(tables, table);
         json_t *difference = divergence_encode(cells, count, i);

@@ -183,6 +183,7 @@ static void test_report(void **state)
     assert_string_equal(json_string_value(json_object_get(mmlu, "task")), "mmlu");
     assert_true(near(number(mmlu, "aipss"), 0.25)); /* 20 to 25 of 100 */
     assert_true(near(number(base, "aipss"), 0.2));
+    assert_int_equal(json_array_size(json_object_get(report, "shares")), 1); /* of one precision */
     const json_t *share = json_array_get(json_object_get(report, "shares"), 0);
     assert_string_equal(json_string_value(json_object_get(share, "model")), "tuned");
     assert_true(near(number(share, "share"), 0.075 / 0.2));

@@ -241,7 +241,7 @@ def test_report(evaluator, tuned):
         aipss.append(sum(of_tasks) / len(of_tasks) if of_tasks else None)
         assert table["aipss"] == (pytest.approx(aipss[-1]) if of_tasks else None)
     if None not in aipss and aipss[0] > 0:
-        assert report["shares"] == [{"model": tuned, "of": "hatchling", "share": pytest.approx(aipss[1] / aipss[0])}]
+        assert report["shares"] == [{"model": tuned, "of": "hatchling", "precision": "fp32", "share": pytest.approx(aipss[1] / aipss[0])}]
     assert report["divergence"] == []
 
 
