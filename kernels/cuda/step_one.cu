@@ -5,12 +5,16 @@
  *
  * Weights. Each block's share of every product is known beforehand, so one warp streams them, tile by tile (8 outputs,
  * a stage of columns at a time), through a ring in shared memory, across all layers and into the head. It waits for
- * nothing but room in the ring. An adapter's A comes along as more tiles: every block computes x A^T for itself.
+ * nothing but room in the ring.
  *
  * Activations. Blocks hand them on by mail: 8 bytes in memory, of which 4 are the value and 4 the tag of the layer and
  * step that it belongs to, so that whoever polls sees either something old or all of it; there is no barrier of the grid
  * and no fence. A place in the mail is written again only behind something that took all of its readers to come about:
  * h of the next layer needs y of all blocks, each of which had read h and x_dbl; x_dbl needed those that read xc.
+ *
+ * An adapter's x A^T comes about where x does: who sends a part of h or y sends behind it what A makes of that part, and
+ * a warp of its own adds up the parts of all blocks while the others multiply, so that it is there when B wants it, at
+ * the product's end. x_proj's A is another tile of x_proj itself, and whoever reads x_dbl adds B's part.
  *
  * The block that computes x and z of a channel also convolves it and moves its state: those never leave it. What a
  * thread needs beside the mail (parameters, states) it loads ahead of the wait; another warp has touched it before.
@@ -25,14 +29,20 @@ enum {
     MATH_THREADS = MATH_WARPS * WARP,
     COPY_WARP = MATH_WARPS,
     TOUCH_WARP,
-    THREADS = (MATH_WARPS + 2) * WARP,
+    SUM_WARP,
+    THREADS = (MATH_WARPS + 4) * WARP, /* whole warpgroups, which share registers unevenly */
+    MATH_REGISTERS = 208,
+    OTHER_REGISTERS = 88,
     TILE = 8, /* outputs; of in_proj x and z of CHANNELS channels */
     CHANNELS = 4,
     LANES = 4, /* that share a channel of the scan */
     LANE_STATES = STEP_STATE / LANES,
+    LANE_RANKS = TILE / LANES,
     GROUP = 4,      /* stages that a warp multiplies at once */
     HEAD_TILES = 8, /* of the head between two looks at the sums */
-    SUMS = 24,      /* most tiles of a product, A's with W's */
+    SUMS = 24,      /* most tiles of a product */
+    RANKS = STEP_ONE_TILES * TILE,
+    U_WORDS = STEP_ONE_BLOCKS * TILE / 2, /* of mail for 8 ranks of x A^T: two of a block in each */
     SLOTS_MOST = 32,
     SPREAD = 64,        /* bytes that rows in shared memory are longer than a multiple of 128 */
     PATIENCE = 1 << 22, /* polls: seconds, only where a block is missing, which the launch excludes */
@@ -59,8 +69,10 @@ static int64_t lay_out_mail(struct step_one *p, int d, int inner)
     p->squares = p->h + d / 2;
     p->xc = p->squares + STEP_ONE_BLOCKS;
     p->x_dbl = p->xc + inner / 2;
-    p->y = p->x_dbl + p->rank + 2 * STEP_STATE;
-    return p->y + inner / 2 - at;
+    p->y = p->x_dbl + p->rank + 2 * STEP_STATE + RANKS;
+    p->u_in = p->y + inner / 2;
+    p->u_out = p->u_in + STEP_ONE_TILES * U_WORDS;
+    return p->u_out + STEP_ONE_TILES * U_WORDS - at;
 }
 
 int64_t step_one_mail(const struct mamba_step_args *a)
@@ -85,6 +97,14 @@ static __host__ __device__ inline struct share share_last(int count, int block, 
     return {block * least + max(0, block - plain), least + (block >= plain)};
 }
 
+static __host__ __device__ inline int x_tiles_of(const struct step_one &p)
+{
+    return (p.rank + 2 * STEP_STATE) / TILE;
+}
+
+/* What of an adapter is in shared memory at once, RANKS floats each; the last: of each warp of the scan its channels' part. */
+enum { USE_IN, USE_DT, USE_OUT, USES };
+
 /* Returns the bytes of shared memory. */
 static int lay_out_room(struct step_one *p, int inner, int in_tiles, int ring_bytes)
 {
@@ -96,7 +116,7 @@ static int lay_out_room(struct step_one *p, int inner, int in_tiles, int ring_by
     r->own_x = r->x_dbl + (p->rank + 2 * STEP_STATE) * f;
     r->own_z = r->own_x + in_tiles * CHANNELS * f;
     r->u = r->own_z + in_tiles * CHANNELS * f;
-    return r->u + STEP_ONE_TILES * TILE * f;
+    return r->u + (p->lora_rank > 0 ? (USES + MATH_WARPS) * RANKS * f : 0);
 }
 
 #if CUDA_HOPPER
@@ -136,9 +156,13 @@ static __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+/* The block's numbered barriers: the math warps', of those with the summing warp's for each of its sums, and of that with
+ * the scanning warps'. */
+enum { BARRIER_MATH = 1, BARRIER_IN, BARRIER_OUT, BARRIER_SCAN };
+
 static __device__ __forceinline__ void math_sync()
 {
-    numbered_wait(1, MATH_THREADS);
+    numbered_wait(BARRIER_MATH, MATH_THREADS);
 }
 
 /* ---- mail ---- */
@@ -211,18 +235,87 @@ static __device__ __forceinline__ float mail_sum(const uint64_t *from, int count
     return warp_sum(sum);
 }
 
+static __device__ __forceinline__ ulonglong2 mail_read_two(const uint64_t *from)
+{
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
+    return v;
+}
+static __device__ __forceinline__ bool mail_is_there(const ulonglong2 &v, uint32_t tag)
+{
+    return (uint32_t)(v.x >> 32) == tag && (uint32_t)(v.y >> 32) == tag;
+}
+
+static __device__ __forceinline__ float low_half(uint64_t word)
+{
+    return __uint_as_float((uint32_t)word << 16);
+}
+static __device__ __forceinline__ float high_half(uint64_t word)
+{
+    return __uint_as_float((uint32_t)word & 0xffff0000u);
+}
+
+/* The sums over `count` blocks of 8 ranks' parts, times `scale`, to shared memory, by one warp: two lanes a block. */
+static __device__ __forceinline__ void mail_sum_ranks(const uint64_t *from, int count, uint32_t tag,
+                                                      float scale, float *to)
+{
+    enum { AT_ONCE = STEP_ONE_BLOCKS / (WARP / 2) };
+    const int lane = threadIdx.x % WARP;
+    ulonglong2 v[AT_ONCE];
+    int polls = 0;
+    do { /* of one, while there is nothing yet */
+        v[0] = mail_read_two(from + 2 * min(lane, 2 * count - 1));
+        if (polls++ > PATIENCE)
+            __trap();
+    } while (!mail_is_there(v[0], tag));
+    __syncwarp();
+    for (bool there = false; !there; polls++) {
+        there = true;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int i = lane + u * WARP;
+            v[u].x = v[u].y = (uint64_t)tag << 32;
+            if (i < 2 * count)
+                v[u] = mail_read_two(from + 2 * i);
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+            there = there && mail_is_there(v[u], tag);
+        if (polls > PATIENCE)
+            __trap();
+    }
+    float sum[4] = {};
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+        sum[0] += low_half(v[u].x);
+        sum[1] += high_half(v[u].x);
+        sum[2] += low_half(v[u].y);
+        sum[3] += high_half(v[u].y);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int step = 2; step < WARP; step *= 2)
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+    }
+    if (lane < 2)
+        *reinterpret_cast<float4 *>(to + 4 * lane) =
+            make_float4(scale * sum[0], scale * sum[1], scale * sum[2], scale * sum[3]);
+}
+
 /* ---- the block ---- */
 
 struct block {
     struct share in, out; /* tiles of in_proj and out_proj */
-    int x;                /* tile of x_proj, or -1 */
+    int x;                /* tile of x_proj, behind which come those of its adapter's A; or -1 */
 };
 
 template <int KB, int STAGES>
 static __device__ __forceinline__ struct block block_of(const struct step_one &p)
 {
     using S = shape<KB, STAGES>;
-    const int b = (int)blockIdx.x, n = (int)gridDim.x, x_tiles = (p.rank + 2 * STEP_STATE) / TILE;
+    const int b = (int)blockIdx.x, n = (int)gridDim.x, x_tiles = x_tiles_of(p) + p.u_tiles[STEP_X];
     const int x =
         STAGES > 1 ? b : b - (n - x_tiles); /* where rows are short, blocks with fewer of in_proj's */
     return {share_first(S::INNER / CHANNELS, b, n), share_last(S::D / TILE, b, n), x < x_tiles ? x : -1};
@@ -283,16 +376,17 @@ template <int KB, int STAGES> struct copier {
         }
     }
 
-    /* The A of the adapter, where it has this target. */
-    __device__ __forceinline__ void adapter(int layer, int target, int k)
+    /* A tile of x_proj: of the weights, or of its adapter's A. */
+    __device__ __forceinline__ void x_tile(int layer, int t)
     {
-        if (p.u_tiles[target] == 0)
-            return;
-        const int lane = threadIdx.x % WARP;
-        const float *a = p.lora[layer * STEP_ADAPTERS].a[target];
-#pragma unroll 1
-        for (int j = 0; j < p.lora_rank; j += TILE)
-            tile(a + (int64_t)(j + lane) * k, min((int)TILE, p.lora_rank - j), 2 * k / (256 * KB), keep);
+        const int lane = threadIdx.x % WARP, tiles = x_tiles_of(p), first = (t - tiles) * TILE;
+        if (t < tiles) {
+            const step_type *w = static_cast<const step_type *>(p.layer[layer].x_proj);
+            tile(w + (int64_t)(t * TILE + lane) * S::INNER, TILE, 2 * STAGES, once);
+        } else {
+            const float *a = p.lora[layer * STEP_ADAPTERS].a[STEP_X];
+            tile(a + (int64_t)(first + lane) * S::INNER, min((int)TILE, p.lora_rank - first), 4 * STAGES, keep);
+        }
     }
 
     __device__ __forceinline__ void run()
@@ -307,19 +401,14 @@ template <int KB, int STAGES> struct copier {
 #pragma unroll 1
         for (int layer = 0; layer < p.layers; layer++) {
             const struct mamba_step_layer &l = p.layer[layer];
-            adapter(layer, STEP_IN, S::D);
 #pragma unroll 1
             for (int t = 0; t < own.in.count; t++)
                 tile(row_of(l.in_proj,
                             (own.in.begin + t) * CHANNELS + (lane < CHANNELS ? 0 : S::INNER - CHANNELS),
                             S::D),
                      TILE, STAGES, once);
-            if (own.x >= 0) {
-                adapter(layer, STEP_X, S::INNER);
-                tile(row_of(l.x_proj, own.x * TILE, S::INNER), TILE, 2 * STAGES, once);
-            }
-            if (own.out.count > 0)
-                adapter(layer, STEP_OUT, S::INNER);
+            if (own.x >= 0)
+                x_tile(layer, own.x);
 #pragma unroll 1
             for (int t = 0; t < own.out.count; t++)
                 tile(row_of(l.out_proj, (own.out.begin + t) * TILE, S::INNER), TILE, 2 * STAGES, once);
@@ -373,11 +462,16 @@ template <int KB, int STAGES> static __device__ __forceinline__ void touch_layer
             const struct step_lora &lora = p.lora[layer * STEP_ADAPTERS];
             touch_floats(lora.b[STEP_IN], c0 * r, channels * r);
             touch_floats(lora.b[STEP_IN], (inner + c0) * r, channels * r);
-            if (own.x >= 0)
-                touch_floats(lora.b[STEP_X], own.x * TILE * r, TILE * r);
+            touch_floats(lora.b[STEP_X], 0, (p.rank + 2 * STEP_STATE) * r);
             touch_floats(lora.a[STEP_DT], 0, r * p.rank);
             touch_floats(lora.b[STEP_DT], c0 * r, channels * r);
             touch_floats(lora.b[STEP_OUT], o0 * r, outputs * r);
+#pragma unroll 1
+            for (int j = 0; j < r; j++) {
+                touch_floats(lora.a[STEP_OUT], j * inner + c0, channels);
+                if (layer + 1 < p.layers)
+                    touch_floats(p.lora[(layer + 1) * STEP_ADAPTERS].a[STEP_IN], j * S::D + o0, outputs);
+            }
         }
 #pragma unroll 1
         for (int i = 0; i < STEP_STATE; i++)
@@ -428,37 +522,53 @@ static __device__ __forceinline__ float dot_8(uint4 raw, const float *v)
            fmaf(c.x, high.x, fmaf(c.y, high.y, fmaf(d.x, high.z, d.y * high.w)));
 }
 
-/* One output's row of B times u. */
-static __device__ __noinline__ float dot_ranks(const float *b, const float *u, int rank)
+/* Eight numbers, of as many ranks: a piece of a row of B or of a column of A, with zeros behind the last rank. */
+struct ranks {
+    float v[TILE];
+};
+static __device__ __forceinline__ struct ranks load_ranks(const float *from, int64_t step, int first, int rank)
 {
-    float sum = 0.0f;
-    int j = 0;
-    if (rank % 4 == 0)
-#pragma unroll 2
-        for (; j < rank; j += 4) {
-            const float4 v = *reinterpret_cast<const float4 *>(b + j),
-                         w = *reinterpret_cast<const float4 *>(u + j);
-            sum += v.x * w.x + v.y * w.y + v.z * w.z + v.w * w.w;
-        }
-#pragma unroll 1
-    for (; j < rank; j++)
-        sum = fmaf(b[j], u[j], sum);
-    return sum;
+    struct ranks out;
+#pragma unroll
+    for (int e = 0; e < TILE; e++)
+        out.v[e] = first + e < rank ? from[(first + e) * step] : 0.0f;
+    return out;
+}
+/* The same of a row, whose beginning is aligned to 16 bytes where the rank is a multiple of 4. */
+static __device__ __forceinline__ struct ranks load_row(const float *from, int first, int rank)
+{
+    if (rank % TILE != 0)
+        return load_ranks(from, 1, first, rank);
+    struct ranks out;
+    *reinterpret_cast<float4 *>(&out.v[0]) = *reinterpret_cast<const float4 *>(from + first);
+    *reinterpret_cast<float4 *>(&out.v[4]) = *reinterpret_cast<const float4 *>(from + first + 4);
+    return out;
+}
+static __device__ __forceinline__ float dot_row(const struct ranks &b, const float *u)
+{
+    const float4 low = *reinterpret_cast<const float4 *>(u), high = *reinterpret_cast<const float4 *>(u + 4);
+    return fmaf(b.v[0], low.x, fmaf(b.v[1], low.y, fmaf(b.v[2], low.z, b.v[3] * low.w))) +
+           fmaf(b.v[4], high.x, fmaf(b.v[5], high.y, fmaf(b.v[6], high.z, b.v[7] * high.w)));
 }
 
 /* What a thread needs for its channel, loaded ahead of the waits; which those are says `math`. */
 struct channel_in {
     float before[STEP_CONV - 1], bias, bias_in;
     float4 weight;
+    struct ranks b;
 };
 template <int CHUNKS> struct channel_scan {
     float h[LANE_STATES], rate[LANE_STATES], bias, skip;
     uint4 weight[CHUNKS]; /* of dt_proj */
+    /* An adapter's: x_proj's row of B of output threadIdx.x; a row of dt_proj's A, each lane every 32nd element; and of the
+     * channel, of the ranks that the lane has of 8, dt_proj's B and out_proj's A. */
+    struct ranks x_b;
+    float dt_a[CHUNKS], dt_b[LANE_RANKS], out_a[LANE_RANKS];
 };
 
 /* ---- the math warps ---- */
 
-template <int KB, int STAGES> struct math {
+template <int KB, int STAGES, bool ADAPTED> struct math {
     using S = shape<KB, STAGES>;
     enum {
         CHUNKS =
@@ -471,9 +581,9 @@ template <int KB, int STAGES> struct math {
     const int warp, lane;
     float own_r; /* the residual of output `lane` of the block, in warp 0 */
 
-    /* The next `count` tiles of PER_TILE stages in the ring, whose sums become those from `tile` on: 32 columns of
-     * weights, of an adapter's A 16, for each of KB blocks of each stage. */
-    template <bool ADAPTER, int PER_TILE> __device__ __forceinline__ void multiply(int tile, int count)
+    /* The next `count` tiles of PER_TILE stages in the ring: 32 columns of weights, of an adapter's A 16, for each of KB
+     * blocks of each stage. */
+    template <bool ADAPTER, int PER_TILE> __device__ __forceinline__ void multiply(int count)
     {
         enum {
             BLOCK = ADAPTER ? 32 : 64,                      /* bytes of x */
@@ -484,7 +594,7 @@ template <int KB, int STAGES> struct math {
         const unsigned char *w = shared_at(g * S::STRIDE + warp * KB * 64 + q * 16),
                             *x = shared_at(p.room.x + warp * KB * BLOCK +
                                            (ADAPTER ? q / 2 * 16 + q % 2 * 4 : q * 16));
-        float *sums = floats_at(p.room.sums) + (warp * SUMS + tile) * TILE + 2 * q;
+        float *sums = floats_at(p.room.sums) + warp * SUMS * TILE + 2 * q;
 #pragma unroll 1
         for (int t = 0; t < count; t += SIDE) {
             float acc[SIDE][DEEP][2][4] = {};
@@ -554,18 +664,23 @@ template <int KB, int STAGES> struct math {
         }
     }
 
-    /* x W^T of `count` tiles, and x A^T, which is then in `u`; W's tiles begin behind A's. */
-    template <int PER_TILE> __device__ __forceinline__ void product(int u_tiles, int count)
+    __device__ __forceinline__ bool has(int target) const
     {
-        if (u_tiles > 0)
-            multiply<true, 2 * PER_TILE>(0, u_tiles);
-        multiply<false, PER_TILE>(u_tiles, count);
-        math_sync();
-        if (u_tiles > 0) {
-            for (int j = (int)threadIdx.x; j < u_tiles * TILE; j += MATH_THREADS)
-                floats_at(p.room.u)[j] = total(0, j);
+        return ADAPTED && p.u_tiles[target] > 0;
+    }
+    __device__ __forceinline__ const struct step_lora &lora(int layer) const
+    {
+        return p.lora[layer * STEP_ADAPTERS];
+    }
+
+    /* x W^T of `count` tiles; and x A^T is there, of which the summing warp says so at that barrier. */
+    template <int PER_TILE> __device__ __forceinline__ void product(int count, bool adapted, int barrier)
+    {
+        multiply<false, PER_TILE>(count);
+        if (adapted)
+            numbered_wait(barrier, MATH_THREADS + WARP);
+        else
             math_sync();
-        }
     }
 
     /* Of one output, counted from the tile's first. */
@@ -579,13 +694,21 @@ template <int KB, int STAGES> struct math {
         return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
     }
 
-    /* scale * u B^T for one output. */
-    __device__ __forceinline__ float low_rank(int layer, int target, int output) const
+    __device__ __forceinline__ float *u_of(int use) const
     {
-        if (p.u_tiles[target] == 0)
-            return 0.0f;
-        const float *b = p.lora[layer * STEP_ADAPTERS].b[target] + (int64_t)output * p.lora_rank;
-        return p.lora_scale * dot_ranks(b, floats_at(p.room.u), p.lora_rank);
+        return floats_at(p.room.u) + use * RANKS;
+    }
+
+    /* u B^T for one output, of whose row the first ranks are in `b`. */
+    __device__ __forceinline__ float low_rank(int layer, int target, int use, int64_t output,
+                                              const struct ranks &b) const
+    {
+        float sum = dot_row(b, u_of(use));
+#pragma unroll 1
+        for (int first = TILE; first < p.lora_rank; first += TILE)
+            sum += dot_row(load_row(lora(layer).b[target] + output * p.lora_rank, first, p.lora_rank),
+                           u_of(use) + first);
+        return sum;
     }
 
     __device__ __forceinline__ float *state_of(int layer, int state, int channel) const
@@ -598,7 +721,8 @@ template <int KB, int STAGES> struct math {
     /* h of the first layer, of which every block computes all: there is nothing to wait for. */
     __device__ __forceinline__ void embed()
     {
-        __shared__ float squares[MATH_WARPS], r[S::D];
+        __shared__ float squares[MATH_WARPS];
+        __shared__ __align__(16) float r[S::D];
         const struct step_lora *lora = p.lora_rank > 0 ? &p.lora[(int64_t)p.layers * STEP_ADAPTERS] : NULL;
         if (lora != NULL && lora->a[STEP_IN] == NULL)
             lora = NULL;
@@ -629,6 +753,22 @@ template <int KB, int STAGES> struct math {
                 all += squares[w];
             row_scale = rsqrtf(all / (float)S::D + p.eps);
         }
+        if (has(STEP_IN))
+#pragma unroll 1
+            for (int j = warp; j < p.u_tiles[STEP_IN] * TILE; j += MATH_WARPS) {
+                float u = 0.0f;
+                if (j < p.lora_rank)
+#pragma unroll
+                    for (int i = lane * 4; i < S::D; i += WARP * 4) {
+                        const float4 a = *reinterpret_cast<const float4 *>(this->lora(0).a[STEP_IN] + j * S::D + i),
+                                     w = *reinterpret_cast<const float4 *>(p.layer[0].norm + i),
+                                     v = *reinterpret_cast<const float4 *>(r + i);
+                        u += a.x * w.x * v.x + a.y * w.y * v.y + a.z * w.z * v.z + a.w * w.w * v.w;
+                    }
+                u = warp_sum(u);
+                if (lane == 0)
+                    u_of(USE_IN)[j] = p.lora_scale * u;
+            }
         if (lane < own.out.count * TILE)
             own_r = r[own.out.begin * TILE + lane];
         math_sync();
@@ -662,8 +802,11 @@ template <int KB, int STAGES> struct math {
                 in.weight = *reinterpret_cast<const float4 *>(l.conv + channel * STEP_CONV);
                 in.bias = l.conv_bias != NULL ? l.conv_bias[channel] : 0.0f;
             }
+            const int output = (is_z ? S::INNER : 0) + channel;
             if (l.in_bias != NULL)
-                in.bias_in = l.in_bias[(is_z ? S::INNER : 0) + channel];
+                in.bias_in = l.in_bias[output];
+            if (has(STEP_IN))
+                in.b = load_row(lora(layer).b[STEP_IN] + (int64_t)output * p.lora_rank, 0, p.lora_rank);
         }
         return in;
     }
@@ -671,16 +814,16 @@ template <int KB, int STAGES> struct math {
     /* x | z of the block's channels, and xc. */
     __device__ __forceinline__ void in_proj(int layer, uint32_t tag, const struct channel_in &in)
     {
-        const int u_tiles = p.u_tiles[STEP_IN], i = (int)threadIdx.x % (MATH_THREADS / 2),
-                  channel = own.in.begin * CHANNELS + i;
+        const int i = (int)threadIdx.x % (MATH_THREADS / 2), channel = own.in.begin * CHANNELS + i;
         const bool is_z = threadIdx.x >= MATH_THREADS / 2, live = i < own.in.count * CHANNELS;
-        product<STAGES>(u_tiles, own.in.count);
+        product<STAGES>(own.in.count, has(STEP_IN), BARRIER_IN);
         if (i / WARP * WARP >= own.in.count * CHANNELS)
             return;
         float v = 0.0f;
         if (live) {
-            v = total(u_tiles + i / CHANNELS, (is_z ? CHANNELS : 0) + i % CHANNELS) +
-                low_rank(layer, STEP_IN, (is_z ? S::INNER : 0) + channel);
+            v = total(i / CHANNELS, (is_z ? CHANNELS : 0) + i % CHANNELS);
+            if (has(STEP_IN))
+                v += low_rank(layer, STEP_IN, USE_IN, (is_z ? S::INNER : 0) + channel, in.b);
             v = fmaf(v, row_scale, in.bias_in);
         }
         if (is_z) {
@@ -703,16 +846,21 @@ template <int KB, int STAGES> struct math {
         }
     }
 
-    __device__ __forceinline__ void x_proj(int layer, uint32_t tag)
+    __device__ __forceinline__ void x_proj(uint32_t tag)
     {
-        const int u_tiles = p.u_tiles[STEP_X], out = own.x * TILE + (int)threadIdx.x;
+        const int tiles = x_tiles_of(p), out = own.x * TILE + (int)threadIdx.x;
         mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.xc, S::INNER / 2, shared_at(p.room.x),
                                                                       tag);
         math_sync();
-        product<2 * STAGES>(u_tiles, 1);
-        if (threadIdx.x < TILE)
-            mail_send(p.x_dbl + out,
-                      __float_as_uint(total(u_tiles, (int)threadIdx.x) + low_rank(layer, STEP_X, out)), tag);
+        if (ADAPTED && own.x >= tiles)
+            multiply<true, 4 * STAGES>(1);
+        else
+            multiply<false, 2 * STAGES>(1);
+        math_sync();
+        if (threadIdx.x < TILE) {
+            const bool live = !ADAPTED || out < tiles * TILE + p.lora_rank;
+            mail_send(p.x_dbl + out, live ? __float_as_uint(total(0, (int)threadIdx.x)) : 0, tag);
+        }
     }
 
     /* Four lanes a channel, of 4 states each; they share dt's row of weights as well. */
@@ -736,31 +884,118 @@ template <int KB, int STAGES> struct math {
             for (int j = 0; j < CHUNKS; j++)
                 if ((part + j * LANES) * 8 < p.rank)
                     in.weight[j] = *reinterpret_cast<const uint4 *>(weight + (part + j * LANES) * 8);
+#pragma unroll
+            for (int e = 0; e < LANE_RANKS; e++) {
+                const int j = part * LANE_RANKS + e;
+                in.dt_b[e] = has(STEP_DT) ? dt_b_of(layer, channel, j) : 0.0f;
+                in.out_a[e] = has(STEP_OUT) ? out_a_of(layer, channel, j) : 0.0f;
+            }
         }
+        if (has(STEP_X) && (int)threadIdx.x < p.rank + 2 * STEP_STATE)
+            in.x_b = load_row(lora(layer).b[STEP_X] + threadIdx.x * p.lora_rank, 0, p.lora_rank);
+        if (has(STEP_DT))
+            load_dt_a(layer, warp, in.dt_a);
         return in;
     }
 
-    /* dt_low A^T, by all warps. */
-    __device__ __forceinline__ void
-    adapt_dt(int layer)
+    __device__ __forceinline__ float dt_b_of(int layer, int channel, int j) const
     {
-        const float *a = p.lora[layer * STEP_ADAPTERS].a[STEP_DT], *low = floats_at(p.room.x_dbl);
+        return j < p.lora_rank ? lora(layer).b[STEP_DT][channel * p.lora_rank + j] : 0.0f;
+    }
+    __device__ __forceinline__ float out_a_of(int layer, int channel, int j) const
+    {
+        return j < p.lora_rank ? lora(layer).a[STEP_OUT][(int64_t)j * S::INNER + channel] : 0.0f;
+    }
+    __device__ __forceinline__ void load_dt_a(int layer, int j, float (&a)[CHUNKS]) const
+    {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int k = lane + i * WARP;
+            a[i] = j < p.lora_rank && k < p.rank ? lora(layer).a[STEP_DT][j * p.rank + k] : 0.0f;
+        }
+    }
+
+    /* x_dbl with what an adapter adds: a thread an output. */
+    __device__ __forceinline__ void receive_x_dbl(int layer, uint32_t tag, const struct channel_scan<CHUNKS> &in)
+    {
+        const int width = p.rank + 2 * STEP_STATE, i = (int)threadIdx.x;
+        if (i < width) {
+            float v = 0.0f;
 #pragma unroll 1
-        for (int j = (int)threadIdx.x / 8; j < p.lora_rank; j += MATH_THREADS / 8) {
-            float sum = 0.0f;
-            for (int i = lane % 8 * 4; i < p.rank; i += 32) {
-                const float4 f = *reinterpret_cast<const float4 *>(a + j * p.rank + i),
-                             v = *reinterpret_cast<const float4 *>(low + i);
-                sum += f.x * v.x + f.y * v.y + f.z * v.z + f.w * v.w;
+            for (int first = 0; first < p.u_tiles[STEP_X] * TILE; first += TILE) {
+                ulonglong2 own_two, u[TILE / 2];
+                for (int polls = 0;; polls++) {
+                    own_two = mail_read_two(p.x_dbl + (i & ~1));
+                    bool there = true;
+#pragma unroll
+                    for (int e = 0; e < TILE / 2; e++)
+                        u[e] = mail_read_two(p.x_dbl + width + first + 2 * e);
+#pragma unroll
+                    for (int e = 0; e < TILE / 2; e++)
+                        there = there && mail_is_there(u[e], tag);
+                    if (there && mail_is_there(own_two, tag))
+                        break;
+                    if (polls > PATIENCE)
+                        __trap();
+                }
+                const struct ranks b =
+                    first == 0 ? in.x_b
+                               : load_row(lora(layer).b[STEP_X] + i * p.lora_rank, first, p.lora_rank);
+                float sum = 0.0f;
+#pragma unroll
+                for (int e = 0; e < TILE / 2; e++)
+                    sum = fmaf(b.v[2 * e], __uint_as_float((uint32_t)u[e].x),
+                               fmaf(b.v[2 * e + 1], __uint_as_float((uint32_t)u[e].y), sum));
+                if (first == 0)
+                    v = __uint_as_float((uint32_t)(i & 1 ? own_two.y : own_two.x));
+                v = fmaf(p.lora_scale, sum, v);
             }
-            const unsigned mates = 0xffu << (lane / 8 * 8);
-            sum += __shfl_xor_sync(mates, sum, 1);
-            sum += __shfl_xor_sync(mates, sum, 2);
-            sum += __shfl_xor_sync(mates, sum, 4);
-            if (lane % 8 == 0)
-                floats_at(p.room.u)[j] = sum;
+            floats_at(p.room.x_dbl)[i] = v;
+        }
+    }
+
+    /* dt_low A^T, a warp a rank. */
+    __device__ __forceinline__ void adapt_dt(int layer, const struct channel_scan<CHUNKS> &in)
+    {
+        const float *low = floats_at(p.room.x_dbl);
+        float a[CHUNKS];
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++)
+            a[i] = in.dt_a[i];
+#pragma unroll 1
+        for (int j = warp; j < p.u_tiles[STEP_DT] * TILE; j += MATH_WARPS) {
+            if (j != warp)
+                load_dt_a(layer, j, a);
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++)
+                sum = fmaf(a[i], lane + i * WARP < p.rank ? low[lane + i * WARP] : 0.0f, sum);
+            sum = warp_sum(sum);
+            if (lane == 0)
+                u_of(USE_DT)[j] = p.lora_scale * sum;
         }
         math_sync();
+    }
+
+    /* What out_proj's A makes of y of this warp's channels, for the summing warp. */
+    __device__ __forceinline__ void adapt_y(int layer, int channel, float y, const struct channel_scan<CHUNKS> &in)
+    {
+        const int part = lane % LANES;
+#pragma unroll 1
+        for (int first = 0; first < p.u_tiles[STEP_OUT] * TILE; first += TILE) {
+            float v[LANE_RANKS];
+#pragma unroll
+            for (int e = 0; e < LANE_RANKS; e++) {
+                const float a = first == 0 ? in.out_a[e] : out_a_of(layer, channel, first + part * LANE_RANKS + e);
+                v[e] = a * y;
+#pragma unroll
+                for (int step = LANES; step < WARP; step *= 2)
+                    v[e] += __shfl_xor_sync(0xffffffffu, v[e], step);
+            }
+            if (lane < LANES)
+                *reinterpret_cast<float2 *>(u_of(USES + warp) + first + lane * LANE_RANKS) =
+                    make_float2(v[0], v[1]);
+        }
     }
 
     /* dt, the state's step and y of the block's channels. */
@@ -769,10 +1004,13 @@ template <int KB, int STAGES> struct math {
         const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
         const bool live = i < own.in.count * CHANNELS;
         struct channel_scan<CHUNKS> in = load_scan(layer);
-        mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE, shared_at(p.room.x_dbl), tag);
+        if (has(STEP_X))
+            receive_x_dbl(layer, tag, in);
+        else
+            mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE, shared_at(p.room.x_dbl), tag);
         math_sync();
-        if (p.u_tiles[STEP_DT] > 0)
-            adapt_dt(layer);
+        if (has(STEP_DT))
+            adapt_dt(layer, in);
         if ((int)threadIdx.x / WARP * WARP >= own.in.count * CHANNELS * LANES)
             return;
         const float *low = floats_at(p.room.x_dbl);
@@ -784,10 +1022,15 @@ template <int KB, int STAGES> struct math {
         for (int j = 0; j < CHUNKS; j++)
             if ((part + j * LANES) * 8 < p.rank)
                 dt += dot_8(in.weight[j], low + (part + j * LANES) * 8);
+        if (has(STEP_DT)) {
+            const float2 u = *reinterpret_cast<const float2 *>(u_of(USE_DT) + part * LANE_RANKS);
+            dt = fmaf(in.dt_b[0], u.x, fmaf(in.dt_b[1], u.y, dt));
+#pragma unroll 1
+            for (int j = TILE + part; j < p.lora_rank; j += LANES)
+                dt = fmaf(live ? dt_b_of(layer, channel, j) : 0.0f, u_of(USE_DT)[j], dt);
+        }
         dt += __shfl_xor_sync(0xffffffffu, dt, 1);
         dt += __shfl_xor_sync(0xffffffffu, dt, 2);
-        if (live)
-            dt += low_rank(layer, STEP_DT, channel);
         dt = softplus(dt + in.bias);
         float y = 0.0f;
 #pragma unroll
@@ -802,6 +1045,10 @@ template <int KB, int STAGES> struct math {
         const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, LANES));
         if (live && lane % (2 * LANES) == 0)
             mail_send(p.y + word_at(channel / 2), pair, tag);
+        if (has(STEP_OUT)) {
+            adapt_y(layer, live ? channel : 0, live ? y : 0.0f, in);
+            numbered_arrive(BARRIER_SCAN, (scan_warps() + 1) * WARP);
+        }
         if (live) {
             float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel);
 #pragma unroll
@@ -810,31 +1057,72 @@ template <int KB, int STAGES> struct math {
         }
     }
 
+    __device__ __forceinline__ int scan_warps() const
+    {
+        return (own.in.count * CHANNELS * LANES + WARP - 1) / WARP;
+    }
+
+    /* What the next layer's A makes of h of the block's outputs. */
+    __device__ __forceinline__ void adapt_h(int layer, int out, bool live, float h, uint32_t tag,
+                                            struct ranks a) const
+    {
+#pragma unroll 1
+        for (int t = 0; t < p.u_tiles[STEP_IN]; t++) {
+            if (t > 0 && live)
+                a = load_ranks(lora(layer).a[STEP_IN] + out, S::D, t * TILE, p.lora_rank);
+#pragma unroll
+            for (int e = 0; e < TILE; e++)
+                a.v[e] = live ? a.v[e] * h : 0.0f;
+            const float sum = scatter_sum<WARP>(a.v);
+            const uint32_t pair = round_pair(sum, __shfl_down_sync(0xffffffffu, sum, WARP / TILE));
+            if (lane % (2 * WARP / TILE) == 0)
+                mail_send(p.u_in + t * U_WORDS + sender_of() * (TILE / 2) + lane / (2 * WARP / TILE), pair,
+                          tag);
+        }
+    }
+
+    /* The block's number among those that have outputs of out_proj: the last ones, if not all. */
+    __device__ __forceinline__ int sender_of() const
+    {
+        return (int)blockIdx.x - max((int)gridDim.x - S::D / TILE, 0);
+    }
+
     /* r of the block's outputs, and h of the layer behind, by the first warp. */
     __device__ __forceinline__ void out_proj(int layer, uint32_t tag)
     {
         const struct mamba_step_layer &l = p.layer[layer];
-        const int outputs = own.out.count * TILE, u_tiles = p.u_tiles[STEP_OUT],
-                  out = own.out.begin * TILE + lane;
+        const int outputs = own.out.count * TILE, out = own.out.begin * TILE + lane;
         const bool live = lane < outputs;
         const float norm = live ? (layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f)[out] : 0.0f;
         const float bias = live && l.out_bias != NULL ? l.out_bias[out] : 0.0f;
+        const bool feeds = has(STEP_IN) && layer + 1 < p.layers;
+        struct ranks b = {}, next_a = {};
+        if (warp == 0 && live) {
+            if (has(STEP_OUT))
+                b = load_row(lora(layer).b[STEP_OUT] + (int64_t)out * p.lora_rank, 0, p.lora_rank);
+            if (feeds)
+                next_a = load_ranks(lora(layer + 1).a[STEP_IN] + out, S::D, 0, p.lora_rank);
+        }
         mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.y, S::INNER / 2, shared_at(p.room.x),
                                                                       tag);
         math_sync();
-        product<2 * STAGES>(u_tiles, own.out.count);
+        product<2 * STAGES>(own.out.count, has(STEP_OUT), BARRIER_OUT);
         if (warp > 0)
             return;
-        if (live)
-            own_r += total(u_tiles, lane) + low_rank(layer, STEP_OUT, out) + bias;
+        if (live) {
+            own_r += total(0, lane) + bias;
+            if (has(STEP_OUT))
+                own_r += low_rank(layer, STEP_OUT, USE_OUT, out, b);
+        }
         const float h = own_r * norm;
         const uint32_t pair = round_pair(h, __shfl_down_sync(0xffffffffu, h, 1));
         if (live && lane % 2 == 0)
             mail_send(p.h + word_at(out / 2), pair, tag + 1);
         const float squares = warp_sum(live ? own_r * own_r : 0.0f);
-        if (lane == 0) /* only the last blocks have outputs, if not all */
-            mail_send(p.squares + (int)blockIdx.x - max((int)gridDim.x - S::D / TILE, 0),
-                      __float_as_uint(squares), tag + 1);
+        if (lane == 0)
+            mail_send(p.squares + sender_of(), __float_as_uint(squares), tag + 1);
+        if (feeds)
+            adapt_h(layer + 1, out, live, h, tag + 1, next_a);
     }
 
     __device__ __forceinline__ void head()
@@ -847,7 +1135,7 @@ template <int KB, int STAGES> struct math {
         for (int first = 0; first < share.count; first += HEAD_TILES) {
             const int count = min((int)HEAD_TILES, share.count - first),
                       token = (share.begin + first) * TILE + (int)threadIdx.x;
-            multiply<false, STAGES>(0, count);
+            multiply<false, STAGES>(count);
             math_sync();
             if ((int)threadIdx.x < count * TILE && token < p.vocab)
                 p.logits[token] = total(0, (int)threadIdx.x) * row_scale;
@@ -871,7 +1159,7 @@ template <int KB, int STAGES> struct math {
                 break;
             in_proj(layer, tag, in);
             if (own.x >= 0)
-                x_proj(layer, tag);
+                x_proj(tag);
             scan(layer, tag);
             if (own.out.count > 0)
                 out_proj(layer, tag);
@@ -880,9 +1168,50 @@ template <int KB, int STAGES> struct math {
     }
 };
 
+/* The warp that adds up what the adapter's A made of h and y, in all blocks. */
+template <int KB, int STAGES> static __device__ __forceinline__ void sum_layers(const struct step_one &p)
+{
+    using S = shape<KB, STAGES>;
+    const struct block own = block_of<KB, STAGES>(p);
+    const int lane = threadIdx.x % WARP;
+    float *u = floats_at(p.room.u);
+    const int scan_warps = (own.in.count * CHANNELS * LANES + WARP - 1) / WARP;
+#pragma unroll 1
+    for (int layer = 0; layer < p.layers; layer++) {
+        const uint32_t tag = p.tag + (uint32_t)layer;
+        if (p.u_tiles[STEP_IN] > 0) {
+#pragma unroll 1
+            for (int t = 0; t < p.u_tiles[STEP_IN] && layer > 0 /* whose h every block has made */; t++)
+                mail_sum_ranks(p.u_in + t * U_WORDS, min((int)gridDim.x, S::D / TILE), tag, p.lora_scale,
+                               u + USE_IN * RANKS + t * TILE);
+            numbered_arrive(BARRIER_IN, MATH_THREADS + WARP);
+        }
+        if (p.u_tiles[STEP_OUT] == 0)
+            continue;
+        numbered_wait(BARRIER_SCAN, (scan_warps + 1) * WARP);
+        for (int i = lane; i < p.u_tiles[STEP_OUT] * (TILE / 2); i += WARP) {
+            float2 sum = make_float2(0.0f, 0.0f);
+            for (int w = 0; w < scan_warps; w++) {
+                const float2 v = *reinterpret_cast<const float2 *>(u + (USES + w) * RANKS + 2 * i);
+                sum.x += v.x;
+                sum.y += v.y;
+            }
+            mail_send(p.u_out + i / (TILE / 2) * U_WORDS + blockIdx.x * (TILE / 2) + i % (TILE / 2),
+                      round_pair(sum.x, sum.y), tag);
+        }
+        if (own.out.count == 0)
+            continue;
+#pragma unroll 1
+        for (int t = 0; t < p.u_tiles[STEP_OUT]; t++)
+            mail_sum_ranks(p.u_out + t * U_WORDS, (int)gridDim.x, tag, p.lora_scale,
+                           u + USE_OUT * RANKS + t * TILE);
+        numbered_arrive(BARRIER_OUT, MATH_THREADS + WARP);
+    }
+}
+
 #endif
 
-template <int KB, int STAGES>
+template <int KB, int STAGES, bool ADAPTED>
 static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_constant__ struct step_one p)
 {
 #if CUDA_HOPPER
@@ -897,25 +1226,32 @@ static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_con
     }
     __syncthreads();
     const uint32_t full = shared_address(ring_full), empty = shared_address(ring_empty);
-    if (warp == COPY_WARP) {
-        struct copier<KB, STAGES> copier = {
-            p, full, empty, {0, 0, 0}, 0, 0
-        };
-        copier.run();
-    } else if (warp == TOUCH_WARP) {
-        touch_layers<KB, STAGES>(p);
-    } else {
-        struct math<KB, STAGES> math = {
+    if (warp < MATH_WARPS) {
+        registers_more<MATH_REGISTERS>();
+        struct math<KB, STAGES, ADAPTED> math = {
             p, {0, 0, 0}, full, empty, block_of<KB, STAGES>(p), warp, lane, 0.0f
         };
         math.run();
+    } else {
+        registers_fewer<OTHER_REGISTERS>();
+        if (warp == COPY_WARP) {
+            struct copier<KB, STAGES> copier = {
+                p, full, empty, {0, 0, 0}, 0, 0
+            };
+            copier.run();
+        } else if (warp == TOUCH_WARP) {
+            touch_layers<KB, STAGES>(p);
+        } else if (ADAPTED && warp == SUM_WARP) {
+            sum_layers<KB, STAGES>(p);
+        }
     }
 #endif
 }
 
 /* ---- launch ---- */
 
-template <int KB, int STAGES> static int launch(struct kernel_device *device, struct step_one *p)
+template <int KB, int STAGES, bool ADAPTED>
+static int launch_adapted(struct kernel_device *device, struct step_one *p)
 {
     using S = shape<KB, STAGES>;
     enum { STATIC = 2048 + S::D * 4 /* shared memory */ };
@@ -924,14 +1260,14 @@ template <int KB, int STAGES> static int launch(struct kernel_device *device, st
               out_tiles = (int)divide_up(S::D / TILE, blocks);
     p->ring = min((int)SLOTS_MOST,
                   (device->shared_bytes - STATIC - lay_out_room(p, S::INNER, in_tiles, 0)) / S::SLOT);
-    if (p->ring < GROUP || in_tiles + STEP_ONE_TILES > SUMS || in_tiles * CHANNELS * LANES > MATH_THREADS ||
-        out_tiles * TILE > WARP || (p->rank + 2 * STEP_STATE) / TILE > blocks ||
+    if (p->ring < GROUP || in_tiles > SUMS || in_tiles * CHANNELS * LANES > MATH_THREADS ||
+        out_tiles * TILE > WARP || x_tiles_of(*p) + p->u_tiles[STEP_X] > blocks ||
         p->rank > (S::D / 16 + 31) / 32 * 32)
         return KERNEL_UNSUPPORTED;
     const int shared = lay_out_room(p, S::INNER, in_tiles, p->ring * S::SLOT);
     (void)lay_out_mail(p, S::D, S::INNER);
     int status =
-        cuda_check(device, cudaFuncSetAttribute((const void *)one_kernel<KB, STAGES>,
+        cuda_check(device, cudaFuncSetAttribute((const void *)one_kernel<KB, STAGES, ADAPTED>,
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     if (status != KERNEL_OK)
         return status;
@@ -945,7 +1281,13 @@ template <int KB, int STAGES> static int launch(struct kernel_device *device, st
     config.stream = device->stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return cuda_check(device, cudaLaunchKernelEx(&config, one_kernel<KB, STAGES>, *p));
+    return cuda_check(device, cudaLaunchKernelEx(&config, one_kernel<KB, STAGES, ADAPTED>, *p));
+}
+
+template <int KB, int STAGES> static int launch(struct kernel_device *device, struct step_one *p)
+{
+    return p->lora_rank > 0 ? launch_adapted<KB, STAGES, true>(device, p)
+                            : launch_adapted<KB, STAGES, false>(device, p);
 }
 
 int step_launch_one(struct kernel_device *device, struct step_one *p, int64_t d_model, int64_t d_inner)
