@@ -26,7 +26,7 @@ struct step_plan {
     uint64_t *mail; /* step_one.cu's, with the tag that the next step begins at */
     uint32_t tag;
     uint64_t used;
-    struct graph_slot graphs[BUCKETS][2];
+    struct graph_slot graphs[BUCKETS][STEP_SHARED + 1];
 };
 
 struct cuda_steps {
@@ -91,6 +91,7 @@ struct chain {
     struct step_buffers b;
     int rows;                      /* of the bucket */
     const struct step_lora *table; /* of adapters, or NULL */
+    enum step_adapted adapted;
 };
 
 /* One layer's row of the table of adapters; NULL without them. */
@@ -209,7 +210,7 @@ static int emit_chain(const struct chain *chain)
     const struct step_buffers *b = &chain->b;
     if (chain->rows > FEW_ROWS) {
         struct step_wide wide = {a, chain->device->steps->wide_header, chain->table, a->workspace,
-                                 chain->rows};
+                                 chain->rows, chain->adapted};
         return step_wide_emit(chain->device, &wide);
     }
     struct step_embed embed = {};
@@ -251,7 +252,7 @@ static void plan_free(struct kernel_device *device, struct step_plan *plan)
     if (plan == NULL)
         return;
     for (int i = 0; i < BUCKETS; i++)
-        for (int adapted = 0; adapted < 2; adapted++)
+        for (int adapted = STEP_PLAIN; adapted <= STEP_SHARED; adapted++)
             if (plan->graphs[i][adapted].exec != NULL)
                 (void)cudaGraphExecDestroy(plan->graphs[i][adapted].exec);
     cuda_memory_free(device, plan->table);
@@ -453,17 +454,19 @@ static int send_adapters(struct kernel_device *device, const struct mamba_step_a
     return changed ? cuda_copy_in(device, plan->table, plan->adapters, table_bytes(a)) : KERNEL_OK;
 }
 
-/* Returns whether any row has an adapter. */
-template <typename Header> static bool fill_header(const struct mamba_step_args *a, Header *header)
+/* Returns what the rows have. */
+template <typename Header> static enum step_adapted fill_header(const struct mamba_step_args *a, Header *header)
 {
     header->rows = (int32_t)a->rows;
     header->rank = 0;
     header->main = -1;
+    bool shared = true;
     for (int64_t i = 0; i < a->rows; i++) {
         int32_t adapter = a->row_adapters != NULL ? a->row_adapters[i] : -1;
         header->ids[i] = a->ids[i];
         header->slots[i] = a->slots[i];
         header->adapters[i] = adapter;
+        shared = shared && adapter == header->adapters[0];
         if (adapter < 0)
             continue;
         if (header->main < 0)
@@ -471,7 +474,9 @@ template <typename Header> static bool fill_header(const struct mamba_step_args 
         if (header->rank < a->adapters[adapter].rank)
             header->rank = (int32_t)a->adapters[adapter].rank;
     }
-    return header->main >= 0;
+    if (header->main < 0)
+        return STEP_PLAIN;
+    return shared && a->rows > FEW_ROWS && header->rank <= STEP_WIDE_SHARED ? STEP_SHARED : STEP_MIXED;
 }
 
 /* ---- one row ---- */
@@ -584,20 +589,21 @@ int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *
     if (status != KERNEL_OK)
         return status;
 
-    struct chain chain = {device, a, lay_out(a, a->workspace), FEW_ROWS, NULL};
+    struct chain chain = {device, a, lay_out(a, a->workspace), FEW_ROWS, NULL, STEP_PLAIN};
     int bucket = 0;
     for (; chain.rows < a->rows; chain.rows *= 2)
         bucket++;
     status = cuda_check(device, cudaEventSynchronize(device->steps->read));
     if (status != KERNEL_OK)
         return status;
-    if (chain.rows > FEW_ROWS ? fill_header(a, device->steps->wide_header)
-                              : fill_header(a, device->steps->header)) {
+    chain.adapted = chain.rows > FEW_ROWS ? fill_header(a, device->steps->wide_header)
+                                          : fill_header(a, device->steps->header);
+    if (chain.adapted != STEP_PLAIN) {
         chain.table = plan->table;
         status = send_adapters(device, a, plan);
     }
     if (status == KERNEL_OK)
-        status = run_chain(&chain, &plan->graphs[bucket][chain.table != NULL]);
+        status = run_chain(&chain, &plan->graphs[bucket][chain.adapted]);
     if (status == KERNEL_OK)
         status = cuda_check(device, cudaEventRecord(device->steps->read, device->stream));
     return status;

@@ -129,7 +129,7 @@ enum {
 
 /* Bytes from the beginning of shared memory, in front of which weights pass through. */
 struct step_one_room {
-    int x, sums, x_dbl, own_x, own_z, u;
+    int x, sums, x_dbl, own_x, own_z, own_y, own_h, u;
 };
 
 struct step_one {

@@ -102,7 +102,7 @@ static __host__ __device__ inline int x_tiles_of(const struct step_one &p)
     return (p.rank + 2 * STEP_STATE) / TILE;
 }
 
-/* What of an adapter is in shared memory at once, RANKS floats each; the last: of each warp of the scan its channels' part. */
+/* What of an adapter is in shared memory at once, RANKS floats each. */
 enum { USE_IN, USE_DT, USE_OUT, USES };
 
 /* Returns the bytes of shared memory. */
@@ -113,11 +113,16 @@ static int lay_out_room(struct step_one *p, int inner, int in_tiles, int ring_by
     r->x = ring_bytes;
     r->sums = r->x + 2 * inner;
     r->x_dbl = r->sums + MATH_WARPS * SUMS * TILE * f;
-    r->own_x = r->x_dbl + (p->rank + 2 * STEP_STATE) * f;
+    r->own_x = r->x_dbl + (p->rank + 2 * STEP_STATE + RANKS) * f;
     r->own_z = r->own_x + in_tiles * CHANNELS * f;
-    r->u = r->own_z + in_tiles * CHANNELS * f;
-    return r->u + (p->lora_rank > 0 ? (USES + MATH_WARPS) * RANKS * f : 0);
+    r->own_y = r->own_z + in_tiles * CHANNELS * f;
+    r->own_h = r->own_y + in_tiles * CHANNELS * f;
+    r->u = r->own_h + WARP * f;
+    return r->u + (p->lora_rank > 0 ? USES * RANKS * f : 0);
 }
+
+/* What a kernel is compiled for: its code has to fit the cache of instructions. */
+enum adapted { PLAIN, RANK_8, ANY_RANK };
 
 #if CUDA_HOPPER
 
@@ -156,9 +161,9 @@ static __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/* The block's numbered barriers: the math warps', of those with the summing warp's for each of its sums, and of that with
- * the scanning warps'. */
-enum { BARRIER_MATH = 1, BARRIER_IN, BARRIER_OUT, BARRIER_SCAN };
+/* The block's numbered barriers: of the math warps; of those with the summing warp, for its sums before in_proj's results
+ * and before out_proj's; and of that with those who have y and h. */
+enum { BARRIER_MATH = 1, BARRIER_IN, BARRIER_OUT, BARRIER_Y, BARRIER_H };
 
 static __device__ __forceinline__ void math_sync()
 {
@@ -309,6 +314,15 @@ static __device__ __forceinline__ void mail_sum_ranks(const uint64_t *from, int 
 struct block {
     struct share in, out; /* tiles of in_proj and out_proj */
     int x;                /* tile of x_proj, behind which come those of its adapter's A; or -1 */
+    __device__ __forceinline__ int scan_warps() const
+    {
+        return (in.count * CHANNELS * LANES + WARP - 1) / WARP;
+    }
+    /* The block's number among those that have outputs of out_proj: the last ones, if not all. */
+    template <int OUTPUTS> __device__ __forceinline__ int sender() const
+    {
+        return (int)blockIdx.x - max((int)gridDim.x - OUTPUTS / TILE, 0);
+    }
 };
 
 template <int KB, int STAGES>
@@ -422,68 +436,103 @@ template <int KB, int STAGES> struct copier {
 
 /* ---- small parameters ahead of their use ---- */
 
-static __device__ __noinline__ void touch(const void *from, int64_t bytes)
+/* Rows of bytes, `stride` apart. */
+struct small {
+    const void *from;
+    int rows, bytes;
+    int64_t stride;
+};
+
+/* To the cache of this multiprocessor; a lane a sector. Copies to nowhere: unlike loads they leave no register to wait
+ * for. */
+static __device__ __forceinline__ void touch(const struct small &s)
 {
     enum { SECTOR = 32 };
-    if (from == NULL)
-        return;
-    const char *begin = static_cast<const char *>(from), *end = begin + bytes;
-    const char *at = begin - (uintptr_t)begin % SECTOR + (threadIdx.x % WARP) * SECTOR;
-    for (; at < end; at += WARP * SECTOR)
-        asm volatile("{\n.reg .b32 unused;\nld.global.ca.b32 unused, [%0];\n}" ::"l"(at < begin ? begin : at)
-                     : "memory");
-}
-
-static __device__ __noinline__ void touch_floats(const float *from, int64_t first, int64_t count)
-{
-    touch(from != NULL ? from + first : NULL, count * (int64_t)sizeof(float));
-}
-
-template <int KB, int STAGES> static __device__ __forceinline__ void touch_layers(const struct step_one &p)
-{
-    using S = shape<KB, STAGES>;
-    const struct block own = block_of<KB, STAGES>(p);
-    const int64_t c0 = own.in.begin * CHANNELS, channels = own.in.count * CHANNELS, inner = S::INNER;
-    const int64_t o0 = own.out.begin * TILE, outputs = own.out.count * TILE, r = p.lora_rank;
-#pragma unroll 1
-    for (int layer = 0; layer < p.layers; layer++) {
-        while (*(volatile int *)&layers_begun < layer)
-            __nanosleep(64);
-        const struct mamba_step_layer &l = p.layer[layer];
-        const float *states = p.states + (int64_t)layer * (STEP_CONV - 1 + STEP_STATE) * inner + c0;
-#pragma unroll 1
-        for (int i = 0; i < STEP_CONV - 1 + STEP_STATE; i++)
-            touch_floats(states, i * inner, channels);
-        touch_floats(l.conv, c0 * STEP_CONV, channels * STEP_CONV);
-        touch_floats(l.conv_bias, c0, channels);
-        touch_floats(l.in_bias, c0, channels);
-        touch_floats(l.in_bias, inner + c0, channels);
-        if (r > 0) {
-            const struct step_lora &lora = p.lora[layer * STEP_ADAPTERS];
-            touch_floats(lora.b[STEP_IN], c0 * r, channels * r);
-            touch_floats(lora.b[STEP_IN], (inner + c0) * r, channels * r);
-            touch_floats(lora.b[STEP_X], 0, (p.rank + 2 * STEP_STATE) * r);
-            touch_floats(lora.a[STEP_DT], 0, r * p.rank);
-            touch_floats(lora.b[STEP_DT], c0 * r, channels * r);
-            touch_floats(lora.b[STEP_OUT], o0 * r, outputs * r);
-#pragma unroll 1
-            for (int j = 0; j < r; j++) {
-                touch_floats(lora.a[STEP_OUT], j * inner + c0, channels);
-                if (layer + 1 < p.layers)
-                    touch_floats(p.lora[(layer + 1) * STEP_ADAPTERS].a[STEP_IN], j * S::D + o0, outputs);
-            }
-        }
-#pragma unroll 1
-        for (int i = 0; i < STEP_STATE; i++)
-            touch_floats(l.a, i * inner + c0, channels);
-        touch(static_cast<const step_type *>(l.dt_proj) + c0 * p.rank,
-              channels * p.rank * (int64_t)sizeof(step_type));
-        touch_floats(l.dt_bias, c0, channels);
-        touch_floats(l.d, c0, channels);
-        touch_floats(layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f, o0, outputs);
-        touch_floats(l.out_bias, o0, outputs);
+    __shared__ uint32_t nowhere[WARP];
+    const int lane = threadIdx.x % WARP, sectors = s.bytes / SECTOR + 2;
+    for (int row = 0, at = lane; row < s.rows; at += WARP) {
+        for (; at >= sectors; at -= sectors)
+            row++;
+        const char *begin = static_cast<const char *>(s.from) + row * s.stride;
+        const char *sector = begin - (uintptr_t)begin % SECTOR + at * SECTOR;
+        if (row < s.rows && sector < begin + s.bytes)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(&nowhere[lane])),
+                         "l"(sector)
+                         : "memory");
     }
 }
+
+template <int KB, int STAGES> struct toucher {
+    using S = shape<KB, STAGES>;
+    enum { ALWAYS = 11, ALL = ALWAYS + 6 };
+    const struct step_one &p;
+    const struct block own;
+
+    static __device__ __forceinline__ struct small floats(const float *from, int64_t first, int64_t count)
+    {
+        return {from != NULL ? from + first : NULL, from != NULL, (int)count * (int)sizeof(float), 0};
+    }
+
+    /* What the block needs of a layer beside the large weights. */
+    __device__ __forceinline__ struct small item(int layer, int i) const
+    {
+        const struct mamba_step_layer &l = p.layer[layer];
+        const struct step_lora *lora = p.lora + layer * STEP_ADAPTERS;
+        const int64_t c0 = own.in.begin * CHANNELS, channels = own.in.count * CHANNELS, inner = S::INNER;
+        const int64_t o0 = own.out.begin * TILE, outputs = own.out.count * TILE, r = p.lora_rank;
+        const int f = (int)sizeof(float), t = (int)sizeof(step_type), own_bytes = (int)channels * f;
+        switch (i) {
+        case 0:
+            return {p.states + (int64_t)layer * (STEP_CONV - 1 + STEP_STATE) * inner + c0,
+                    STEP_CONV - 1 + STEP_STATE, own_bytes, inner * f};
+        case 1:
+            return floats(l.conv, c0 * STEP_CONV, channels * STEP_CONV);
+        case 2:
+            return floats(l.conv_bias, c0, channels);
+        case 3:
+            return floats(l.in_bias, c0, channels);
+        case 4:
+            return floats(l.in_bias, inner + c0, channels);
+        case 5:
+            return {l.a + c0, STEP_STATE, own_bytes, inner * f};
+        case 6:
+            return {static_cast<const step_type *>(l.dt_proj) + c0 * p.rank, 1, (int)channels * p.rank * t, 0};
+        case 7:
+            return floats(l.dt_bias, c0, channels);
+        case 8:
+            return floats(l.d, c0, channels);
+        case 9:
+            return floats(layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f, o0, outputs);
+        case 10:
+            return floats(l.out_bias, o0, outputs);
+        case 11:
+            return floats(lora->b[STEP_IN], c0 * r, channels * r);
+        case 12:
+            return floats(lora->b[STEP_IN], (inner + c0) * r, channels * r);
+        case 13:
+            return floats(lora->b[STEP_X], 0, (p.rank + 2 * STEP_STATE) * r);
+        case 14:
+            return floats(lora->a[STEP_DT], 0, r * p.rank);
+        case 15:
+            return floats(lora->b[STEP_DT], c0 * r, channels * r);
+        default:
+            return floats(lora->b[STEP_OUT], o0 * r, outputs * r);
+        }
+    }
+
+    __device__ __forceinline__ void run() const
+    {
+        const int items = p.lora_rank > 0 ? ALL : ALWAYS;
+#pragma unroll 1
+        for (int layer = 0; layer < p.layers; layer++) {
+            while (*(volatile int *)&layers_begun < layer)
+                __nanosleep(64);
+#pragma unroll 1
+            for (int i = 0; i < items; i++)
+                touch(item(layer, i));
+        }
+    }
+};
 
 /* ---- pieces of the math ---- */
 
@@ -526,24 +575,7 @@ static __device__ __forceinline__ float dot_8(uint4 raw, const float *v)
 struct ranks {
     float v[TILE];
 };
-static __device__ __forceinline__ struct ranks load_ranks(const float *from, int64_t step, int first, int rank)
-{
-    struct ranks out;
-#pragma unroll
-    for (int e = 0; e < TILE; e++)
-        out.v[e] = first + e < rank ? from[(first + e) * step] : 0.0f;
-    return out;
-}
-/* The same of a row, whose beginning is aligned to 16 bytes where the rank is a multiple of 4. */
-static __device__ __forceinline__ struct ranks load_row(const float *from, int first, int rank)
-{
-    if (rank % TILE != 0)
-        return load_ranks(from, 1, first, rank);
-    struct ranks out;
-    *reinterpret_cast<float4 *>(&out.v[0]) = *reinterpret_cast<const float4 *>(from + first);
-    *reinterpret_cast<float4 *>(&out.v[4]) = *reinterpret_cast<const float4 *>(from + first + 4);
-    return out;
-}
+
 static __device__ __forceinline__ float dot_row(const struct ranks &b, const float *u)
 {
     const float4 low = *reinterpret_cast<const float4 *>(u), high = *reinterpret_cast<const float4 *>(u + 4);
@@ -561,15 +593,16 @@ template <int CHUNKS> struct channel_scan {
     float h[LANE_STATES], rate[LANE_STATES], bias, skip;
     uint4 weight[CHUNKS]; /* of dt_proj */
     /* An adapter's: x_proj's row of B of output threadIdx.x; a row of dt_proj's A, each lane every 32nd element; and of the
-     * channel, of the ranks that the lane has of 8, dt_proj's B and out_proj's A. */
+     * channel, of the ranks that the lane has of 8, dt_proj's B. */
     struct ranks x_b;
-    float dt_a[CHUNKS], dt_b[LANE_RANKS], out_a[LANE_RANKS];
+    float dt_a[CHUNKS], dt_b[LANE_RANKS];
 };
 
 /* ---- the math warps ---- */
 
-template <int KB, int STAGES, bool ADAPTED> struct math {
+template <int KB, int STAGES, enum adapted ADAPTED> struct math {
     using S = shape<KB, STAGES>;
+    static constexpr bool EIGHT = ADAPTED == RANK_8;
     enum {
         CHUNKS =
             (S::D / 16 + 31) / 32 /* of 8 elements of dt_low, LANES lanes; the published rank is d / 16 */
@@ -666,21 +699,39 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
 
     __device__ __forceinline__ bool has(int target) const
     {
-        return ADAPTED && p.u_tiles[target] > 0;
+        return ADAPTED != PLAIN && p.u_tiles[target] > 0;
     }
     __device__ __forceinline__ const struct step_lora &lora(int layer) const
     {
         return p.lora[layer * STEP_ADAPTERS];
     }
 
-    /* x W^T of `count` tiles; and x A^T is there, of which the summing warp says so at that barrier. */
-    template <int PER_TILE> __device__ __forceinline__ void product(int count, bool adapted, int barrier)
+    /* Of 8 ranks, where the adapter is on that matrix. */
+    __device__ __forceinline__ int tiles_of(int target) const
     {
-        multiply<false, PER_TILE>(count);
-        if (adapted)
-            numbered_wait(barrier, MATH_THREADS + WARP);
-        else
-            math_sync();
+        return EIGHT ? 1 : p.u_tiles[target];
+    }
+    __device__ __forceinline__ int lora_rank() const
+    {
+        return EIGHT ? (int)TILE : p.lora_rank;
+    }
+    __device__ __forceinline__ struct ranks load_ranks(const float *from, int64_t step, int first) const
+    {
+        struct ranks out;
+#pragma unroll
+        for (int e = 0; e < TILE; e++)
+            out.v[e] = EIGHT || first + e < p.lora_rank ? from[(first + e) * step] : 0.0f;
+        return out;
+    }
+    /* The same of a row of B, whose beginning is aligned to 16 bytes where there are 8 ranks. */
+    __device__ __forceinline__ struct ranks load_row(const float *b, int64_t row, int first) const
+    {
+        if (!EIGHT)
+            return load_ranks(b + row * p.lora_rank, 1, first);
+        struct ranks out;
+        *reinterpret_cast<float4 *>(&out.v[0]) = *reinterpret_cast<const float4 *>(b + row * TILE);
+        *reinterpret_cast<float4 *>(&out.v[4]) = *reinterpret_cast<const float4 *>(b + row * TILE + 4);
+        return out;
     }
 
     /* Of one output, counted from the tile's first. */
@@ -705,9 +756,8 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
     {
         float sum = dot_row(b, u_of(use));
 #pragma unroll 1
-        for (int first = TILE; first < p.lora_rank; first += TILE)
-            sum += dot_row(load_row(lora(layer).b[target] + output * p.lora_rank, first, p.lora_rank),
-                           u_of(use) + first);
+        for (int first = TILE; first < lora_rank(); first += TILE)
+            sum += dot_row(load_row(lora(layer).b[target], output, first), u_of(use) + first);
         return sum;
     }
 
@@ -777,11 +827,6 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
     __device__ __forceinline__ void receive_h(uint32_t tag)
     {
         mail_gather<(S::D / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.h, S::D / 2, shared_at(p.room.x), tag);
-        if (warp == MATH_WARPS - 1) { /* which has least to gather */
-            const float sum = mail_sum(p.squares, min((int)gridDim.x, S::D / TILE), tag);
-            if (lane == 0)
-                row_scale = rsqrtf(fmaf(sum, 1.0f / (float)S::D, p.eps));
-        }
         math_sync();
     }
 
@@ -806,7 +851,7 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
             if (l.in_bias != NULL)
                 in.bias_in = l.in_bias[output];
             if (has(STEP_IN))
-                in.b = load_row(lora(layer).b[STEP_IN] + (int64_t)output * p.lora_rank, 0, p.lora_rank);
+                in.b = load_row(lora(layer).b[STEP_IN], output, 0);
         }
         return in;
     }
@@ -816,7 +861,8 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
     {
         const int i = (int)threadIdx.x % (MATH_THREADS / 2), channel = own.in.begin * CHANNELS + i;
         const bool is_z = threadIdx.x >= MATH_THREADS / 2, live = i < own.in.count * CHANNELS;
-        product<STAGES>(own.in.count, has(STEP_IN), BARRIER_IN);
+        multiply<false, STAGES>(own.in.count);
+        numbered_wait(BARRIER_IN, MATH_THREADS + WARP);
         if (i / WARP * WARP >= own.in.count * CHANNELS)
             return;
         float v = 0.0f;
@@ -852,13 +898,13 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
         mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.xc, S::INNER / 2, shared_at(p.room.x),
                                                                       tag);
         math_sync();
-        if (ADAPTED && own.x >= tiles)
+        if (ADAPTED != PLAIN && own.x >= tiles)
             multiply<true, 4 * STAGES>(1);
         else
             multiply<false, 2 * STAGES>(1);
         math_sync();
         if (threadIdx.x < TILE) {
-            const bool live = !ADAPTED || out < tiles * TILE + p.lora_rank;
+            const bool live = ADAPTED != ANY_RANK || out < tiles * TILE + p.lora_rank;
             mail_send(p.x_dbl + out, live ? __float_as_uint(total(0, (int)threadIdx.x)) : 0, tag);
         }
     }
@@ -888,11 +934,10 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
             for (int e = 0; e < LANE_RANKS; e++) {
                 const int j = part * LANE_RANKS + e;
                 in.dt_b[e] = has(STEP_DT) ? dt_b_of(layer, channel, j) : 0.0f;
-                in.out_a[e] = has(STEP_OUT) ? out_a_of(layer, channel, j) : 0.0f;
             }
         }
         if (has(STEP_X) && (int)threadIdx.x < p.rank + 2 * STEP_STATE)
-            in.x_b = load_row(lora(layer).b[STEP_X] + threadIdx.x * p.lora_rank, 0, p.lora_rank);
+            in.x_b = load_row(lora(layer).b[STEP_X], threadIdx.x, 0);
         if (has(STEP_DT))
             load_dt_a(layer, warp, in.dt_a);
         return in;
@@ -900,58 +945,30 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
 
     __device__ __forceinline__ float dt_b_of(int layer, int channel, int j) const
     {
-        return j < p.lora_rank ? lora(layer).b[STEP_DT][channel * p.lora_rank + j] : 0.0f;
-    }
-    __device__ __forceinline__ float out_a_of(int layer, int channel, int j) const
-    {
-        return j < p.lora_rank ? lora(layer).a[STEP_OUT][(int64_t)j * S::INNER + channel] : 0.0f;
+        return EIGHT || j < p.lora_rank ? lora(layer).b[STEP_DT][channel * lora_rank() + j] : 0.0f;
     }
     __device__ __forceinline__ void load_dt_a(int layer, int j, float (&a)[CHUNKS]) const
     {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
             const int k = lane + i * WARP;
-            a[i] = j < p.lora_rank && k < p.rank ? lora(layer).a[STEP_DT][j * p.rank + k] : 0.0f;
+            a[i] = (EIGHT || j < p.lora_rank) && k < p.rank ? lora(layer).a[STEP_DT][j * p.rank + k] : 0.0f;
         }
     }
 
-    /* x_dbl with what an adapter adds: a thread an output. */
-    __device__ __forceinline__ void receive_x_dbl(int layer, uint32_t tag, const struct channel_scan<CHUNKS> &in)
+    /* What x_proj's adapter adds to x_dbl: a thread an output. */
+    __device__ __forceinline__ void adapt_x_dbl(int layer, const struct ranks &b)
     {
         const int width = p.rank + 2 * STEP_STATE, i = (int)threadIdx.x;
+        float *x_dbl = floats_at(p.room.x_dbl);
         if (i < width) {
-            float v = 0.0f;
+            float sum = dot_row(b, x_dbl + width);
 #pragma unroll 1
-            for (int first = 0; first < p.u_tiles[STEP_X] * TILE; first += TILE) {
-                ulonglong2 own_two, u[TILE / 2];
-                for (int polls = 0;; polls++) {
-                    own_two = mail_read_two(p.x_dbl + (i & ~1));
-                    bool there = true;
-#pragma unroll
-                    for (int e = 0; e < TILE / 2; e++)
-                        u[e] = mail_read_two(p.x_dbl + width + first + 2 * e);
-#pragma unroll
-                    for (int e = 0; e < TILE / 2; e++)
-                        there = there && mail_is_there(u[e], tag);
-                    if (there && mail_is_there(own_two, tag))
-                        break;
-                    if (polls > PATIENCE)
-                        __trap();
-                }
-                const struct ranks b =
-                    first == 0 ? in.x_b
-                               : load_row(lora(layer).b[STEP_X] + i * p.lora_rank, first, p.lora_rank);
-                float sum = 0.0f;
-#pragma unroll
-                for (int e = 0; e < TILE / 2; e++)
-                    sum = fmaf(b.v[2 * e], __uint_as_float((uint32_t)u[e].x),
-                               fmaf(b.v[2 * e + 1], __uint_as_float((uint32_t)u[e].y), sum));
-                if (first == 0)
-                    v = __uint_as_float((uint32_t)(i & 1 ? own_two.y : own_two.x));
-                v = fmaf(p.lora_scale, sum, v);
-            }
-            floats_at(p.room.x_dbl)[i] = v;
+            for (int first = TILE; first < lora_rank(); first += TILE)
+                sum += dot_row(load_row(lora(layer).b[STEP_X], i, first), x_dbl + width + first);
+            x_dbl[i] = fmaf(p.lora_scale, sum, x_dbl[i]);
         }
+        math_sync();
     }
 
     /* dt_low A^T, a warp a rank. */
@@ -963,7 +980,7 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
         for (int i = 0; i < CHUNKS; i++)
             a[i] = in.dt_a[i];
 #pragma unroll 1
-        for (int j = warp; j < p.u_tiles[STEP_DT] * TILE; j += MATH_WARPS) {
+        for (int j = warp; j < tiles_of(STEP_DT) * TILE; j += MATH_WARPS) {
             if (j != warp)
                 load_dt_a(layer, j, a);
             float sum = 0.0f;
@@ -977,38 +994,17 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
         math_sync();
     }
 
-    /* What out_proj's A makes of y of this warp's channels, for the summing warp. */
-    __device__ __forceinline__ void adapt_y(int layer, int channel, float y, const struct channel_scan<CHUNKS> &in)
-    {
-        const int part = lane % LANES;
-#pragma unroll 1
-        for (int first = 0; first < p.u_tiles[STEP_OUT] * TILE; first += TILE) {
-            float v[LANE_RANKS];
-#pragma unroll
-            for (int e = 0; e < LANE_RANKS; e++) {
-                const float a = first == 0 ? in.out_a[e] : out_a_of(layer, channel, first + part * LANE_RANKS + e);
-                v[e] = a * y;
-#pragma unroll
-                for (int step = LANES; step < WARP; step *= 2)
-                    v[e] += __shfl_xor_sync(0xffffffffu, v[e], step);
-            }
-            if (lane < LANES)
-                *reinterpret_cast<float2 *>(u_of(USES + warp) + first + lane * LANE_RANKS) =
-                    make_float2(v[0], v[1]);
-        }
-    }
-
     /* dt, the state's step and y of the block's channels. */
     __device__ __forceinline__ void scan(int layer, uint32_t tag)
     {
         const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
         const bool live = i < own.in.count * CHANNELS;
         struct channel_scan<CHUNKS> in = load_scan(layer);
-        if (has(STEP_X))
-            receive_x_dbl(layer, tag, in);
-        else
-            mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE, shared_at(p.room.x_dbl), tag);
+        mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE + (has(STEP_X) ? tiles_of(STEP_X) * TILE : 0),
+                       shared_at(p.room.x_dbl), tag);
         math_sync();
+        if (has(STEP_X))
+            adapt_x_dbl(layer, in.x_b);
         if (has(STEP_DT))
             adapt_dt(layer, in);
         if ((int)threadIdx.x / WARP * WARP >= own.in.count * CHANNELS * LANES)
@@ -1026,7 +1022,7 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
             const float2 u = *reinterpret_cast<const float2 *>(u_of(USE_DT) + part * LANE_RANKS);
             dt = fmaf(in.dt_b[0], u.x, fmaf(in.dt_b[1], u.y, dt));
 #pragma unroll 1
-            for (int j = TILE + part; j < p.lora_rank; j += LANES)
+            for (int j = TILE + part; j < lora_rank(); j += LANES)
                 dt = fmaf(live ? dt_b_of(layer, channel, j) : 0.0f, u_of(USE_DT)[j], dt);
         }
         dt += __shfl_xor_sync(0xffffffffu, dt, 1);
@@ -1046,8 +1042,9 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
         if (live && lane % (2 * LANES) == 0)
             mail_send(p.y + word_at(channel / 2), pair, tag);
         if (has(STEP_OUT)) {
-            adapt_y(layer, live ? channel : 0, live ? y : 0.0f, in);
-            numbered_arrive(BARRIER_SCAN, (scan_warps() + 1) * WARP);
+            if (live && part == 0)
+                floats_at(p.room.own_y)[i] = y;
+            numbered_arrive(BARRIER_Y, (own.scan_warps() + 1) * WARP);
         }
         if (live) {
             float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel);
@@ -1055,36 +1052,6 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
             for (int s = 0; s < LANE_STATES; s++)
                 state[s * S::INNER] = in.h[s];
         }
-    }
-
-    __device__ __forceinline__ int scan_warps() const
-    {
-        return (own.in.count * CHANNELS * LANES + WARP - 1) / WARP;
-    }
-
-    /* What the next layer's A makes of h of the block's outputs. */
-    __device__ __forceinline__ void adapt_h(int layer, int out, bool live, float h, uint32_t tag,
-                                            struct ranks a) const
-    {
-#pragma unroll 1
-        for (int t = 0; t < p.u_tiles[STEP_IN]; t++) {
-            if (t > 0 && live)
-                a = load_ranks(lora(layer).a[STEP_IN] + out, S::D, t * TILE, p.lora_rank);
-#pragma unroll
-            for (int e = 0; e < TILE; e++)
-                a.v[e] = live ? a.v[e] * h : 0.0f;
-            const float sum = scatter_sum<WARP>(a.v);
-            const uint32_t pair = round_pair(sum, __shfl_down_sync(0xffffffffu, sum, WARP / TILE));
-            if (lane % (2 * WARP / TILE) == 0)
-                mail_send(p.u_in + t * U_WORDS + sender_of() * (TILE / 2) + lane / (2 * WARP / TILE), pair,
-                          tag);
-        }
-    }
-
-    /* The block's number among those that have outputs of out_proj: the last ones, if not all. */
-    __device__ __forceinline__ int sender_of() const
-    {
-        return (int)blockIdx.x - max((int)gridDim.x - S::D / TILE, 0);
     }
 
     /* r of the block's outputs, and h of the layer behind, by the first warp. */
@@ -1095,18 +1062,17 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
         const bool live = lane < outputs;
         const float norm = live ? (layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f)[out] : 0.0f;
         const float bias = live && l.out_bias != NULL ? l.out_bias[out] : 0.0f;
-        const bool feeds = has(STEP_IN) && layer + 1 < p.layers;
-        struct ranks b = {}, next_a = {};
-        if (warp == 0 && live) {
-            if (has(STEP_OUT))
-                b = load_row(lora(layer).b[STEP_OUT] + (int64_t)out * p.lora_rank, 0, p.lora_rank);
-            if (feeds)
-                next_a = load_ranks(lora(layer + 1).a[STEP_IN] + out, S::D, 0, p.lora_rank);
-        }
+        struct ranks b = {};
+        if (has(STEP_OUT) && warp == 0 && live)
+            b = load_row(lora(layer).b[STEP_OUT], out, 0);
         mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.y, S::INNER / 2, shared_at(p.room.x),
                                                                       tag);
         math_sync();
-        product<2 * STAGES>(own.out.count, has(STEP_OUT), BARRIER_OUT);
+        multiply<false, 2 * STAGES>(own.out.count);
+        if (has(STEP_OUT))
+            numbered_wait(BARRIER_OUT, MATH_THREADS + WARP);
+        else
+            math_sync();
         if (warp > 0)
             return;
         if (live) {
@@ -1118,17 +1084,21 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
         const uint32_t pair = round_pair(h, __shfl_down_sync(0xffffffffu, h, 1));
         if (live && lane % 2 == 0)
             mail_send(p.h + word_at(out / 2), pair, tag + 1);
+        if (has(STEP_IN) && layer + 1 < p.layers) {
+            if (live)
+                floats_at(p.room.own_h)[lane] = h;
+            numbered_arrive(BARRIER_H, 2 * WARP);
+        }
         const float squares = warp_sum(live ? own_r * own_r : 0.0f);
         if (lane == 0)
-            mail_send(p.squares + sender_of(), __float_as_uint(squares), tag + 1);
-        if (feeds)
-            adapt_h(layer + 1, out, live, h, tag + 1, next_a);
+            mail_send(p.squares + own.template sender<S::D>(), __float_as_uint(squares), tag + 1);
     }
 
     __device__ __forceinline__ void head()
     {
         const struct share share = share_first((p.vocab + TILE - 1) / TILE, (int)blockIdx.x, (int)gridDim.x);
         const int out = own.out.begin * TILE + lane;
+        numbered_wait(BARRIER_IN, MATH_THREADS + WARP);
         if (warp == 0 && lane < own.out.count * TILE)
             p.hidden[out] = from_float<step_type>(own_r * row_scale * p.norm_f[out]);
 #pragma unroll 1
@@ -1168,50 +1138,94 @@ template <int KB, int STAGES, bool ADAPTED> struct math {
     }
 };
 
-/* The warp that adds up what the adapter's A made of h and y, in all blocks. */
-template <int KB, int STAGES> static __device__ __forceinline__ void sum_layers(const struct step_one &p)
+/* ---- the summing warp ---- */
+
+/* What A, whose rows of `stride` begin with the block's columns, makes of the block's 4 `quads` values of x: a lane every 4th
+ * value for one of 8 ranks. */
+static __device__ __forceinline__ void send_ranks(const float *a, int stride, int quads, int ranks, const float *x,
+                                               int barrier, int threads, uint64_t *to, uint32_t tag)
 {
-    using S = shape<KB, STAGES>;
-    const struct block own = block_of<KB, STAGES>(p);
-    const int lane = threadIdx.x % WARP;
-    float *u = floats_at(p.room.u);
-    const int scan_warps = (own.in.count * CHANNELS * LANES + WARP - 1) / WARP;
+    enum { MOST = MATH_THREADS / (CHANNELS * LANES) };
+    const int lane = threadIdx.x % WARP, rank = lane / 4;
+    float factor[MOST];
+    auto load = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            factor[i] = i < quads && first + rank < ranks
+                            ? a[(int64_t)(first + rank) * stride + 4 * i + lane % 4]
+                            : 0.0f;
+    };
+    load(0);
+    numbered_wait(barrier, threads);
 #pragma unroll 1
-    for (int layer = 0; layer < p.layers; layer++) {
-        const uint32_t tag = p.tag + (uint32_t)layer;
-        if (p.u_tiles[STEP_IN] > 0) {
-#pragma unroll 1
-            for (int t = 0; t < p.u_tiles[STEP_IN] && layer > 0 /* whose h every block has made */; t++)
-                mail_sum_ranks(p.u_in + t * U_WORDS, min((int)gridDim.x, S::D / TILE), tag, p.lora_scale,
-                               u + USE_IN * RANKS + t * TILE);
-            numbered_arrive(BARRIER_IN, MATH_THREADS + WARP);
-        }
-        if (p.u_tiles[STEP_OUT] == 0)
-            continue;
-        numbered_wait(BARRIER_SCAN, (scan_warps + 1) * WARP);
-        for (int i = lane; i < p.u_tiles[STEP_OUT] * (TILE / 2); i += WARP) {
-            float2 sum = make_float2(0.0f, 0.0f);
-            for (int w = 0; w < scan_warps; w++) {
-                const float2 v = *reinterpret_cast<const float2 *>(u + (USES + w) * RANKS + 2 * i);
-                sum.x += v.x;
-                sum.y += v.y;
-            }
-            mail_send(p.u_out + i / (TILE / 2) * U_WORDS + blockIdx.x * (TILE / 2) + i % (TILE / 2),
-                      round_pair(sum.x, sum.y), tag);
-        }
-        if (own.out.count == 0)
-            continue;
-#pragma unroll 1
-        for (int t = 0; t < p.u_tiles[STEP_OUT]; t++)
-            mail_sum_ranks(p.u_out + t * U_WORDS, (int)gridDim.x, tag, p.lora_scale,
-                           u + USE_OUT * RANKS + t * TILE);
-        numbered_arrive(BARRIER_OUT, MATH_THREADS + WARP);
+    for (int first = 0;; to += U_WORDS) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            if (i < quads)
+                sum = fmaf(factor[i], x[4 * i + lane % 4], sum);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const uint32_t pair = round_pair(sum, __shfl_down_sync(0xffffffffu, sum, 4));
+        if (lane % 8 == 0)
+            mail_send(to + lane / 8, pair, tag);
+        first += TILE;
+        if (first >= ranks)
+            break;
+        load(first);
     }
 }
 
+/* What the blocks make parts of: 1/rms, and the adapter's x A^T. */
+template <int KB, int STAGES, bool ADAPTED> struct summer {
+    using S = shape<KB, STAGES>;
+    const struct step_one &p;
+    const struct block own;
+    const int lane;
+
+    __device__ __forceinline__ void run() const
+    {
+        const int senders = min((int)gridDim.x, S::D / TILE);
+        /* Two turns a layer: before the results of in_proj and of out_proj the sums, then a part of what the other wants. */
+#pragma unroll 1
+        for (int turn = 0; turn <= 2 * p.layers; turn++) {
+            const int layer = turn / 2;
+            const bool out = turn % 2 != 0, mine = !out || own.out.count > 0;
+            const uint32_t tag = p.tag + (uint32_t)layer;
+            const bool adapted = ADAPTED && layer < p.layers && p.u_tiles[out ? STEP_OUT : STEP_IN] > 0;
+            if (!out && layer > 0) { /* the first one's every block has made */
+                const float sum = mail_sum(p.squares, senders, tag);
+                if (lane == 0)
+                    row_scale = rsqrtf(fmaf(sum, 1.0f / (float)S::D, p.eps));
+            }
+            if (adapted && mine && turn > 0)
+#pragma unroll 1
+                for (int t = 0; t * TILE < p.lora_rank; t++)
+                    mail_sum_ranks((out ? p.u_out : p.u_in) + t * U_WORDS, out ? (int)gridDim.x : senders, tag,
+                                   p.lora_scale,
+                                   floats_at(p.room.u) + (out ? USE_OUT : USE_IN) * RANKS + t * TILE);
+            if (!out || (adapted && mine))
+                numbered_arrive(out ? BARRIER_OUT : BARRIER_IN, MATH_THREADS + WARP);
+            const bool sends = out ? p.u_tiles[STEP_IN] > 0 && own.out.count > 0 && layer + 1 < p.layers
+                                   : p.u_tiles[STEP_OUT] > 0 && layer < p.layers;
+            if (ADAPTED && sends) {
+                const struct step_lora *lora = p.lora + layer * STEP_ADAPTERS;
+                if (out)
+                    send_ranks(lora[STEP_ADAPTERS].a[STEP_IN] + own.out.begin * TILE, S::D,
+                               own.out.count * (TILE / 4), p.lora_rank, floats_at(p.room.own_h), BARRIER_H, 2 * WARP,
+                               p.u_in + own.template sender<S::D>() * (TILE / 2), tag + 1);
+                else
+                    send_ranks(lora->a[STEP_OUT] + own.in.begin * CHANNELS, S::INNER, own.in.count, p.lora_rank,
+                               floats_at(p.room.own_y), BARRIER_Y, (own.scan_warps() + 1) * WARP,
+                               p.u_out + blockIdx.x * (TILE / 2), tag);
+            }
+        }
+    }
+};
+
 #endif
 
-template <int KB, int STAGES, bool ADAPTED>
+template <int KB, int STAGES, enum adapted ADAPTED>
 static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_constant__ struct step_one p)
 {
 #if CUDA_HOPPER
@@ -1240,9 +1254,11 @@ static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_con
             };
             copier.run();
         } else if (warp == TOUCH_WARP) {
-            touch_layers<KB, STAGES>(p);
-        } else if (ADAPTED && warp == SUM_WARP) {
-            sum_layers<KB, STAGES>(p);
+            const struct toucher<KB, STAGES> toucher = {p, block_of<KB, STAGES>(p)};
+            toucher.run();
+        } else if (warp == SUM_WARP) {
+            const struct summer<KB, STAGES, ADAPTED != PLAIN> summer = {p, block_of<KB, STAGES>(p), lane};
+            summer.run();
         }
     }
 #endif
@@ -1250,7 +1266,7 @@ static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_con
 
 /* ---- launch ---- */
 
-template <int KB, int STAGES, bool ADAPTED>
+template <int KB, int STAGES, enum adapted ADAPTED>
 static int launch_adapted(struct kernel_device *device, struct step_one *p)
 {
     using S = shape<KB, STAGES>;
@@ -1286,8 +1302,9 @@ static int launch_adapted(struct kernel_device *device, struct step_one *p)
 
 template <int KB, int STAGES> static int launch(struct kernel_device *device, struct step_one *p)
 {
-    return p->lora_rank > 0 ? launch_adapted<KB, STAGES, true>(device, p)
-                            : launch_adapted<KB, STAGES, false>(device, p);
+    return p->lora_rank == 0      ? launch_adapted<KB, STAGES, PLAIN>(device, p)
+           : p->lora_rank == TILE ? launch_adapted<KB, STAGES, RANK_8>(device, p)
+                                  : launch_adapted<KB, STAGES, ANY_RANK>(device, p);
 }
 
 int step_launch_one(struct kernel_device *device, struct step_one *p, int64_t d_model, int64_t d_inner)

@@ -8,6 +8,7 @@ struct buffers {
     float *r, *z, *x_dbl;
     step_type *h, *xc, *y;
     float *squares, *u_in, *u_x, *u_out;
+    step_type *factors;
     int64_t bytes;
 };
 
@@ -36,6 +37,7 @@ static struct buffers lay_out(const struct mamba_step_args *a, void *workspace)
     b.u_in = (float *)carve(base, at, d_parts * factors);
     b.u_x = (float *)carve(base, at, c_parts * factors);
     b.u_out = (float *)carve(base, at, step_wide_scan_parts(a->d_inner) * factors);
+    b.factors = (step_type *)carve(base, at, step_wide_factors(a->d_model, a->d_inner, a->n_layers, STEP_IN) * t);
     return b;
 }
 
@@ -51,13 +53,15 @@ static const struct step_lora *lora_of(const struct step_wide *chain, int64_t la
 }
 
 static int launch_product(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p,
-                          const void *weight, const step_type *x)
+                          const void *weight, const step_type *x, const step_type *factors)
 {
     int status = cuda_tile_map(&p->weight, weight, p->m, p->k, p->k,
                                step_wide_linear_outputs(mode, p->m, p->k, p->rows), TYPE_BF16);
     if (status == KERNEL_OK)
         status = cuda_tile_map(&p->x, x, p->rows, p->k, p->k,
                                step_wide_linear_rows(mode, p->m, p->k, p->rows), TYPE_BF16);
+    if (status == KERNEL_OK && p->adapted == STEP_SHARED)
+        status = cuda_tile_map(&p->a, factors, STEP_WIDE_SHARED, p->k, p->k, STEP_WIDE_SHARED, TYPE_BF16);
     return status == KERNEL_OK ? step_wide_launch_linear(device, mode, p) : status;
 }
 
@@ -80,8 +84,11 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     const int d = (int)a->d_model, c = (int)a->d_inner, width = (int)(a->dt_rank + 2 * a->d_state);
     const struct step_lora *lora = lora_of(chain, layer);
     float *states = a->states + layer * (STEP_CONV - 1 + STEP_STATE) * a->d_inner;
+    auto factors = [&](int target) { return b->factors + step_wide_factors(d, c, layer, target); };
+    auto fed = [&](const struct step_lora *next) { return chain->adapted == STEP_MIXED ? next : NULL; };
 
     struct step_wide_linear in = {};
+    in.adapted = chain->adapted;
     in.header = b->header;
     in.rows = chain->rows;
     in.m = 2 * c;
@@ -89,7 +96,8 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     in.first = layer == 0;
     in.eps = a->eps;
     in.bias = l->in_bias;
-    in.lora = in.next_lora = lora;
+    in.lora = lora;
+    in.next_lora = fed(lora);
     in.squares = squares;
     in.u = u_in;
     in.next_u = {b->u_x, in_parts(a, chain->rows)};
@@ -100,9 +108,10 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     in.slot_stride = a->slot_stride;
     in.xc = b->xc;
     in.z = b->z;
-    int status = launch_product(device, STEP_MODE_IN, &in, l->in_proj, b->h);
+    int status = launch_product(device, STEP_MODE_IN, &in, l->in_proj, b->h, factors(STEP_IN));
 
     struct step_wide_linear x = {};
+    x.adapted = chain->adapted;
     x.header = b->header;
     x.rows = chain->rows;
     x.m = width;
@@ -111,7 +120,7 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     x.u = in.next_u;
     x.y = b->x_dbl;
     if (status == KERNEL_OK)
-        status = launch_product(device, STEP_MODE_X, &x, l->x_proj, b->xc);
+        status = launch_product(device, STEP_MODE_X, &x, l->x_proj, b->xc, factors(STEP_X));
 
     struct step_wide_scan scan = {};
     scan.header = b->header;
@@ -130,6 +139,7 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     scan.z = b->z;
     scan.y = b->y;
     scan.lora = lora;
+    scan.adapted = chain->adapted;
     scan.next_u = {b->u_out, step_wide_scan_parts(c)};
     scan.ahead = l->out_proj;
     scan.ahead_bytes = (int64_t)d * c * (int64_t)sizeof(step_type);
@@ -138,13 +148,14 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
 
     const bool last = layer + 1 == a->n_layers;
     struct step_wide_linear out = {};
+    out.adapted = chain->adapted;
     out.header = b->header;
     out.rows = chain->rows;
     out.m = d;
     out.k = c;
     out.bias = l->out_bias;
     out.lora = lora;
-    out.next_lora = last ? NULL : lora_of(chain, layer + 1);
+    out.next_lora = last ? NULL : fed(lora_of(chain, layer + 1));
     out.u = scan.next_u;
     out.next_squares = {b->squares, 0};
     out.next_u = {b->u_in, 0};
@@ -152,7 +163,7 @@ static int emit_layer(struct kernel_device *device, const struct step_wide *chai
     out.norm = last ? a->norm_f : l[1].norm;
     out.h = b->h;
     if (status == KERNEL_OK)
-        status = launch_product(device, STEP_MODE_OUT, &out, l->out_proj, b->y);
+        status = launch_product(device, STEP_MODE_OUT, &out, l->out_proj, b->y, factors(STEP_OUT));
     return status;
 }
 
@@ -171,7 +182,7 @@ static int emit_head(struct kernel_device *device, const struct step_wide *chain
     head.r = b->r;
     head.norm = a->norm_f;
     head.h = (step_type *)a->hidden;
-    return launch_product(device, STEP_MODE_HEAD, &head, a->head, b->h);
+    return launch_product(device, STEP_MODE_HEAD, &head, a->head, b->h, NULL);
 }
 
 int step_wide_emit(struct kernel_device *device, const struct step_wide *chain)
@@ -186,12 +197,17 @@ int step_wide_emit(struct kernel_device *device, const struct step_wide *chain)
     embed.vocab = a->vocab;
     embed.norm = a->layers[0].norm;
     embed.lora = lora_of(chain, a->n_layers);
-    embed.next_lora = lora_of(chain, 0);
+    embed.next_lora = chain->adapted == STEP_MIXED ? lora_of(chain, 0) : NULL;
+    embed.rows = chain->rows;
+    embed.factors = chain->adapted == STEP_SHARED ? b.factors : NULL;
+    embed.layers_lora = chain->table;
+    embed.inner = (int)a->d_inner;
+    embed.layers = (int)a->n_layers;
     embed.r = b.r;
     embed.h = b.h;
     embed.next_squares = {b.squares, 1};
     embed.next_u = {b.u_in, 1};
-    int status = step_wide_launch_embed(device, &embed, chain->rows);
+    int status = step_wide_launch_embed(device, &embed);
     struct step_parts squares = embed.next_squares, u_in = embed.next_u;
     for (int64_t layer = 0; layer < a->n_layers && status == KERNEL_OK; layer++) {
         status = emit_layer(device, chain, &b, layer, squares, u_in);

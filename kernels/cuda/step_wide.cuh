@@ -12,7 +12,13 @@
 enum {
     STEP_WIDE_ROWS = 256,
     STEP_WIDE_GROUP = 64, /* most rows of a block of a product */
+    STEP_WIDE_SHARED = 8, /* highest rank of an adapter that all rows share */
 };
+
+/* What a chain is captured for. Where all rows have the same adapter, of a low rank, it is a part of the products: its A
+ * lies beside the rows in bf16, brought there as the chain begins, and x A^T comes about with x W^T, a cluster's sums of
+ * it as well. Otherwise each row looks for its own. */
+enum step_adapted { STEP_PLAIN, STEP_MIXED, STEP_SHARED };
 
 struct step_wide_header {
     int32_t rows, rank, main; /* as step_header */
@@ -21,18 +27,19 @@ struct step_wide_header {
 
 /* Sums over a row in parts: [part][rows], or [part][rows][STEP_RANK]. Arrays of rows have room for `rows` of them. */
 struct step_wide_linear {
-    CUtensorMap weight, x; /* [m,k] and [rows,k] */
+    CUtensorMap weight, x, a; /* [m,k], [rows,k], [STEP_WIDE_SHARED,k]: the shared adapter's A */
+    enum step_adapted adapted;
     const struct step_wide_header *header;
     int rows, m, k;
     /* Set by step_wide_launch_linear. */
     int splits, stages;
     int own,
         owner_scale; /* rows that each block of a cluster finishes; row * owner_scale >> 16 is whose a row is */
-    int parts, factors; /* where in shared memory these begin */
+    int parts, u_parts, factors; /* where in shared memory these begin */
     bool first;         /* of the chain: the header is not there before the wait */
     float eps;
     const float *bias; /* [m] or NULL */
-    const struct step_lora *lora, *next_lora;
+    const struct step_lora *lora, *next_lora; /* STEP_SHARED: no next_lora */
     struct step_parts squares, u, next_squares, next_u;
     /* IN */
     int inner;
@@ -60,6 +67,11 @@ struct step_wide_embed {
     float *r;
     step_type *h;
     struct step_parts next_squares, next_u; /* one part */
+    int rows;
+    /* STEP_SHARED: where A goes, and from where; see step_wide_factors. */
+    step_type *factors; /* or NULL */
+    const struct step_lora *layers_lora;
+    int inner, layers;
 };
 
 struct step_wide_scan {
@@ -73,7 +85,8 @@ struct step_wide_scan {
     const float *x_dbl, *z;
     step_type *y;
     const struct step_lora *lora;
-    struct step_parts next_u;
+    enum step_adapted adapted;
+    struct step_parts next_u; /* STEP_MIXED */
     /* What the kernel behind reads: brought to the second-level cache when this one has nothing more to read. */
     const void *ahead;
     int64_t ahead_bytes;
@@ -86,11 +99,12 @@ struct step_wide {
     const struct step_lora *table;       /* [n_layers+1][STEP_ADAPTERS] or NULL */
     void *workspace;
     int rows; /* room for so many: 16, 32, 64, 128 or 256 */
+    enum step_adapted adapted;
 };
 
 int64_t step_wide_workspace(const struct mamba_step_args *a);
 int step_wide_emit(struct kernel_device *device, const struct step_wide *chain);
-int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p, int rows);
+int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p);
 int step_wide_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p);
 int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_scan *p);
 /* A block of a product of that mode, of [m,k] and so many rows: its outputs and rows. */
@@ -98,5 +112,12 @@ int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows
 int step_wide_linear_rows(enum step_mode mode, int64_t m, int64_t k, int rows);
 /* The parts of a row's sums that the scan makes. */
 int step_wide_scan_parts(int64_t inner);
+
+/* Where among the factors a layer's A of in_proj, x_proj or out_proj begins; as many elements as all take for target
+ * STEP_IN of the layer behind the last. Rows beyond the rank are zeros. */
+static __host__ __device__ inline int64_t step_wide_factors(int64_t d, int64_t inner, int64_t layer, int target)
+{
+    return STEP_WIDE_SHARED * (layer * (d + 2 * inner) + (target == STEP_IN ? 0 : target == STEP_X ? d : d + inner));
+}
 
 #endif

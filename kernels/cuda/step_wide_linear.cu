@@ -9,7 +9,11 @@
  * again by every few rows, from the second-level cache and ahead of time: 64 outputs by 16 or 32 rows, a warpgroup every
  * other stage, so that few sums or none have to travel.
  *
+ * The A of an adapter that all rows share comes with the rows, and one more product, 64 rows by 8, makes u of them; its
+ * sums travel with the others, and who finishes a row adds u B^T.
+ *
  * A thread finishes 4 neighbouring outputs of a few rows; a row's outputs lie in one warp (64 outputs: half of it). */
+#include "kernels/cuda/fragments.cuh"
 #include "kernels/cuda/step_wide.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -23,6 +27,8 @@ enum {
     PAD = 4,                   /* floats behind a row of sums: no two lanes that write share a bank */
     CONSUMERS = 2 * WARPGROUP, /* threads that multiply and finish */
     BOX = 64 * TILE_K * 2,
+    SHARED = STEP_WIDE_SHARED,
+    BOX_A = SHARED * TILE_K * 2,
 };
 
 /* Four values of neighbouring outputs. */
@@ -140,16 +146,20 @@ static __device__ __forceinline__ void cluster_wait()
 
 /* Warpgroups side by side over outputs; else they share k. RESIDENT: rows stay in shared memory, and the ring brings
  * weights alone. */
-template <bool LARGE, int ROWS, bool RESIDENT = false> struct layout {
+template <bool LARGE, int ROWS, bool RESIDENT = false, bool SHARES = false> struct layout {
     enum {
         OVER_M = LARGE ? 2 : 1,
         OVER_K = 2 / OVER_M,
         M = 64 * OVER_M,
         X = ROWS * TILE_K * 2,
         WEIGHTS = OVER_M * BOX,
-        STAGE = WEIGHTS + (RESIDENT ? 0 : X), /* weights, then rows */
+        A = SHARES ? BOX_A : 0,
+        STAGE = WEIGHTS + (RESIDENT ? 0 : X) + A, /* weights, then rows, then A */
         STRIDE = M + PAD,
         SUMS = ROWS * STRIDE,             /* floats of a warpgroup over k */
+        U_SUMS = SHARES ? ROWS * SHARED : 0,
+        /* What the product for u reads behind the last rows. */
+        BEYOND = SHARES ? BOX - X : 0,
         LANES = M / 4,                    /* of a row */
         ROWS_AT_ONCE = CONSUMERS / LANES, /* that the threads finish, four outputs each */
         FACTORS = M * STEP_AHEAD,         /* floats of one adapter's B, or of A */
@@ -205,7 +215,8 @@ static __device__ __forceinline__ void fill(const struct step_wide_linear &p, co
     const int rows = L::X / (TILE_K * 2), x_bytes = min(p.rows, rows) * TILE_K * 2;
     const int count = share.tiles * share.k_count, ahead = min(count, ring.stages);
     auto load_weights = [&](int i, int stage, int tile, int k) {
-        barrier_expect(&ring.full[stage], L::WEIGHTS + (RESIDENT && i >= share.k_count ? 0 : x_bytes));
+        barrier_expect(&ring.full[stage],
+                       L::WEIGHTS + (RESIDENT && i >= share.k_count ? 0 : x_bytes + (int)L::A));
         tile_load(ring.tiles + stage * L::STAGE, &p.weight, (share.k_begin + k) * TILE_K,
                   share.first_row + tile * share.step, &ring.full[stage]);
     };
@@ -213,6 +224,9 @@ static __device__ __forceinline__ void fill(const struct step_wide_linear &p, co
         if (!RESIDENT || i < share.k_count)
             tile_load(RESIDENT ? ring.x + k * L::X : ring.tiles + stage * L::STAGE + L::WEIGHTS, &p.x,
                       (share.k_begin + k) * TILE_K, blockIdx.y * rows, &ring.full[stage]);
+        if (L::A > 0) /* which the chain writes, too */
+            tile_load(ring.tiles + stage * L::STAGE + L::WEIGHTS + L::X, &p.a, (share.k_begin + k) * TILE_K, 0,
+                      &ring.full[stage]);
     };
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.x) : "memory");
 #pragma unroll 1
@@ -232,10 +246,10 @@ static __device__ __forceinline__ void fill(const struct step_wide_linear &p, co
     }
 }
 
-/* This warpgroup's products over `count` blocks of k. */
+/* This warpgroup's products over `count` blocks of k; u: of the rows with A, [64,8]. */
 template <typename L, bool RESIDENT, int SUMS>
-static __device__ __forceinline__ void multiply(float (&acc)[SUMS], const struct ring &ring, struct place &at,
-                                                int count)
+static __device__ __forceinline__ void multiply(float (&acc)[SUMS], float (&u)[4], const struct ring &ring,
+                                                struct place &at, int count)
 {
     const int warpgroup = threadIdx.x / WARPGROUP, lane = threadIdx.x % WARP;
     const int over_m = warpgroup % L::OVER_M, over_k = warpgroup / L::OVER_M;
@@ -251,6 +265,11 @@ static __device__ __forceinline__ void multiply(float (&acc)[SUMS], const struct
 #pragma unroll
         for (int k = 0; k < TILE_K; k += 16)
             product(acc, tile_descriptor(w + 2 * k), tile_descriptor(x + 2 * k), before >= 0 || k > 0);
+        if (L::A > 0)
+#pragma unroll
+            for (int k = 0; k < TILE_K; k += 16)
+                product_64x8<step_type>(u, tile_descriptor(x + 2 * k), tile_descriptor(x + L::X + 2 * k),
+                                        before >= 0 || k > 0);
         product_commit();
         product_wait<1>();
         if (before >= 0 && lane == 0)
@@ -259,6 +278,8 @@ static __device__ __forceinline__ void multiply(float (&acc)[SUMS], const struct
     }
     product_wait<0>();
     product_take(acc);
+    if (L::A > 0)
+        product_take(u);
     if (before >= 0) {
         if (lane == 0)
             barrier_arrive(&ring.empty[before]);
@@ -266,6 +287,9 @@ static __device__ __forceinline__ void multiply(float (&acc)[SUMS], const struct
 #pragma unroll
         for (int i = 0; i < SUMS; i++)
             acc[i] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            u[i] = 0.0f;
     }
 }
 
@@ -384,6 +408,19 @@ static __device__ __forceinline__ void copy_factors(const struct adapter_use &us
         }
 }
 
+/* B's rows of the adapter that all rows share, as [SHARED][M], with zeros where there is no rank. */
+template <int M>
+static __device__ __forceinline__ void copy_shared(const float *b, int rank, int first_row, int m, float *to)
+{
+    for (int i = threadIdx.x; i < M * SHARED; i += CONSUMERS) {
+        const int out = i / SHARED, j = i % SHARED;
+        if (b != NULL && j < rank && first_row + out < m)
+            copy_one(to + j * M + out, b + (int64_t)(first_row + out) * rank + j);
+        else
+            to[j * M + out] = 0.0f;
+    }
+}
+
 /* The convolution's weights of a tile, [STEP_CONV][M], and behind them its bias. */
 template <int M>
 static __device__ __forceinline__ void copy_filter(const struct step_wide_linear &p, int first_row,
@@ -401,27 +438,31 @@ static __device__ __forceinline__ void copy_filter(const struct step_wide_linear
 }
 
 /* QUADS: a thread finishes its four outputs of up to so many rows. */
-template <int MODE, bool LARGE, int ROWS, int QUADS, bool ADAPTED>
+template <int MODE, bool LARGE, int ROWS, int QUADS, enum step_adapted ADAPTED>
 static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     wide_kernel(const __grid_constant__ struct step_wide_linear p)
 {
 #if CUDA_HOPPER
-    using L = layout<LARGE, ROWS>;
+    constexpr bool MIXED = ADAPTED == STEP_MIXED, SHARES = ADAPTED == STEP_SHARED;
+    using L = layout<LARGE, ROWS, false, SHARES>;
+    constexpr int RANKS = MIXED ? (int)STEP_RANK : SHARES ? (int)SHARED : 0; /* of a row of u */
     constexpr int TARGET = MODE == STEP_MODE_IN ? STEP_IN : MODE == STEP_MODE_X ? STEP_X : STEP_OUT;
     constexpr int NEXT_TARGET = MODE == STEP_MODE_IN ? STEP_X : STEP_IN;
     constexpr bool FEEDS = MODE != STEP_MODE_X; /* an adapter's x A^T */
     extern __shared__ unsigned char memory[];
     __shared__ uint64_t full[STAGES_MOST], empty[STAGES_MOST], arrived;
     __shared__ __align__(16) float filter[MODE == STEP_MODE_IN ? (STEP_CONV + 1) * L::M : 1];
-    __shared__ float row_scale[QUADS * L::ROWS_AT_ONCE],
-        row_u[ADAPTED ? QUADS * L::ROWS_AT_ONCE * STEP_RANK : 1];
-    __shared__ int row_adapter[ADAPTED ? QUADS * L::ROWS_AT_ONCE : 1];
+    __shared__ __align__(16) float row_scale[QUADS * L::ROWS_AT_ONCE],
+        row_u[QUADS * L::ROWS_AT_ONCE * RANKS + 4];
+    __shared__ int row_adapter[MIXED ? QUADS * L::ROWS_AT_ONCE : 1];
     const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, NULL, full, empty,
                               p.stages};
     float *sums =
         reinterpret_cast<float *>(ring.tiles); /* [OVER_K][ROWS][STRIDE], when the ring has been read */
+    float *u_sums = sums + L::OVER_K * L::SUMS; /* [OVER_K][ROWS][SHARED] */
     float *parts =
         reinterpret_cast<float *>(ring.tiles + p.parts); /* [splits-1][own][STRIDE], of the others */
+    float *u_parts = reinterpret_cast<float *>(ring.tiles + p.u_parts); /* [splits-1][own][SHARED] */
     const int splits = p.splits, split = (int)blockIdx.x % splits, tile = (int)blockIdx.x / splits,
               first_row = tile * L::M;
 
@@ -436,7 +477,8 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
             ring_open(ring, CONSUMERS / WARP / L::OVER_K);
             barrier_init(&arrived, 1);
             barrier_inits_done();
-            barrier_expect(&arrived, (splits - 1) * max(own, 0) * L::M * (int)sizeof(float));
+            barrier_expect(&arrived, (splits - 1) * max(own, 0) * (L::M + (SHARES ? (int)SHARED : 0)) *
+                                         (int)sizeof(float));
         }
         __syncwarp();
         cluster_arrive();
@@ -485,7 +527,11 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     float *factors_b = reinterpret_cast<float *>(ring.tiles + p.factors), *factors_a = factors_b + L::FACTORS;
     int main = -1, most_rank = 0;
     struct adapter_use main_use = {};
-    if (ADAPTED) {
+    if (SHARES) {
+        main_use = use_of(p, p.header->main, TARGET, NEXT_TARGET);
+        copy_shared<L::M>(main_use.b, main_use.rank, first_row, p.m, factors_b);
+    }
+    if (MIXED) {
         most_rank = p.header->rank;
         main = p.header->main;
         if (main >= 0 && p.lora[main].rank > STEP_AHEAD)
@@ -511,13 +557,13 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     }
     if (MODE == STEP_MODE_IN)
         gather_scale(p, n0, own, row_scale);
-    if (ADAPTED)
+    if (MIXED)
         gather_u(p, TARGET, n0, own, row_adapter, main, main_use, most_rank, row_u);
 
-    float acc[ROWS / 2];
+    float acc[ROWS / 2], u_acc[4];
     struct place at = {0, 0};
     const int k_blocks = (p.k + TILE_K - 1) / TILE_K;
-    multiply<L, false>(acc, ring, at,
+    multiply<L, false>(acc, u_acc, ring, at,
                        share_of(k_blocks, split + 1, splits) - share_of(k_blocks, split, splits));
     step_copies_wait();
     numbered_wait(1, CONSUMERS); /* the ring has been read */
@@ -532,6 +578,13 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 to[(8 * j + i % 2) * L::STRIDE + i / 2 * 8] = acc[4 * j + i];
+        const int row = warp % 4 * 16 + lane / 4, over_k = warp / 4 / L::OVER_M;
+        if (SHARES && warp / 4 % L::OVER_M == 0)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                if (row + 8 * h < ROWS)
+                    *reinterpret_cast<float2 *>(u_sums + over_k * L::U_SUMS + (row + 8 * h) * SHARED +
+                                                lane % 4 * 2) = make_float2(u_acc[2 * h], u_acc[2 * h + 1]);
     }
     numbered_wait(1, CONSUMERS);
     if (MODE == STEP_MODE_IN && LARGE)
@@ -546,7 +599,23 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                                  }
                                  return sum;
     };
+    auto u_of = [&](int row, int at) { /* of this block, 4 ranks */
+        struct quad sum = load_quad(u_sums + row * SHARED + at);
+        if (L::OVER_K == 2) {
+            struct quad other = load_quad(u_sums + L::U_SUMS + row * SHARED + at);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sum.v[e] += other.v[e];
+        }
+        return sum;
+    };
+    const int u_row = (int)threadIdx.x / 2, u_at = (int)threadIdx.x % 2 * 4; /* of ranks, what a thread moves */
     if (splits > 1) {
+        if (SHARES && u_row < room && u_row * p.owner_scale >> 16 != split) {
+            const int owner = u_row * p.owner_scale >> 16, slot = split < owner ? split : split - 1;
+            send_quad(u_parts + (slot * p.own + u_row - owner * p.own) * SHARED + u_at, &arrived, owner,
+                      u_of(u_row, u_at));
+        }
         constexpr int TURNS = ROWS / L::ROWS_AT_ONCE;
 #pragma unroll 4
         for (int i = 0; i < TURNS; i++) { /* not all to the same block at once */
@@ -558,14 +627,32 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
         }
         barrier_wait(&arrived, 0);
     }
+    if (SHARES) {
+        if (u_row < own) {
+            struct quad u = {};
+            for (int s = 0; s < splits; s++) {
+                const struct quad part =
+                    s == split ? u_of(own_first + u_row, u_at)
+                               : load_quad(u_parts + ((s < split ? s : s - 1) * p.own + u_row) * SHARED + u_at);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    u.v[e] += part.v[e];
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                u.v[e] *= main_use.scale;
+            store_quad(row_u + u_row * SHARED + u_at, u);
+        }
+        numbered_wait(1, CONSUMERS);
+    }
 
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {
         const int local = row0 + i * L::ROWS_AT_ONCE, n = n0 + local;
         const bool live = local < own && n < rows;
-        const int adapter = ADAPTED && live ? row_adapter[local] : -1;
+        const int adapter = MIXED && live ? row_adapter[local] : -1;
         const struct adapter_use use =
-            ADAPTED && adapter != main ? use_of(p, adapter, TARGET, NEXT_TARGET) : main_use;
+            MIXED && adapter != main ? use_of(p, adapter, TARGET, NEXT_TARGET) : main_use;
         struct quad v = {}, fed = {};
         float squares = 0.0f;
         if (live && inside) {
@@ -580,7 +667,18 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                 for (int e = 0; e < 4; e++)
                     v.v[e] += part.v[e];
             }
-            if (ADAPTED && use.rank > 0) {
+            if (SHARES) {
+                const float *u = row_u + local * SHARED;
+                const struct quad low = load_quad(u), high = load_quad(u + 4);
+#pragma unroll
+                for (int j = 0; j < SHARED; j++) {
+                    const struct quad factor = load_quad(factors_b + j * L::M + m);
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        v.v[e] = fmaf(j < 4 ? low.v[j % 4] : high.v[j % 4], factor.v[e], v.v[e]);
+                }
+            }
+            if (MIXED && use.rank > 0) {
                 const float *u = row_u + local * STEP_RANK;
                 struct quad sum = {};
 #pragma unroll 2
@@ -652,7 +750,7 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
             if (live && m == 0)
                 p.next_squares.values[(int64_t)tile * p.rows + n] = squares;
         }
-        if (ADAPTED && FEEDS && p.next_lora != NULL && (MODE == STEP_MODE_OUT || first_row < p.inner)) {
+        if (MIXED && FEEDS && p.next_lora != NULL && (MODE == STEP_MODE_OUT || first_row < p.inner)) {
             const int next_rank = live ? use.next_rank : 0;
 #pragma unroll 1
             for (int first = 0; first < most_rank; first += 8) {
@@ -715,8 +813,8 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 1)
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     struct place at = {0, 0};
     for (int i = 0; i < own; i++) {
-        float acc[32];
-        multiply<L, RESIDENT>(acc, ring, at, count);
+        float acc[32], none[4];
+        multiply<L, RESIDENT>(acc, none, ring, at, count);
         const int out = ((int)blockIdx.x + i * stride) * L::M + warp * 16 + lane / 4;
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -739,7 +837,10 @@ struct cut {
 };
 
 /* Weights that may be read once for every few rows: they stay in the second-level cache meanwhile. */
-enum { SMALL_BYTES = 12 << 20 };
+#ifndef SMALLB
+#define SMALLB 20
+#endif
+enum { SMALL_BYTES = SMALLB << 20 };
 
 static struct cut cut_of(enum step_mode mode, int64_t m, int64_t k, int rows)
 {
@@ -760,17 +861,27 @@ int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows
     return cut_of(mode, m, k, rows).outputs;
 }
 
-/* The blocks of a cluster: as many as fill the device best, once, or twice where the weights are large; but each with
- * something to multiply. */
+/* The blocks of a cluster. Small weights: as many as fill the device best. Large ones: the fewest that give every
+ * multiprocessor one, since the rows are read again for each tile and few clusters fit beside each other. But each block
+ * has something to multiply. */
+#ifndef FILL
+#define FILL 95
+#endif
 static int choose_splits(const struct kernel_device *device, bool large, int blocks, int64_t k)
 {
-    const int slots = device->multiprocessors, most = large ? 2 * slots : slots;
+    const int slots = device->multiprocessors;
     int best = large ? 2 : 1;
     double best_fill = 0;
     for (int splits = best; splits <= SPLITS_MOST && splits * K_LEAST <= k; splits++) {
         const int all = blocks * splits;
+        if (large) {
+            best = splits;
+            if (all * 100 >= slots * FILL)
+                break;
+            continue;
+        }
         const double fill = (double)all / (double)(divide_up(all, slots) * slots);
-        if (all <= most && fill > best_fill + 0.02) {
+        if (all <= slots && fill > best_fill + 0.02) {
             best = splits;
             best_fill = fill;
         }
@@ -778,26 +889,33 @@ static int choose_splits(const struct kernel_device *device, bool large, int blo
     return best;
 }
 
-template <int MODE, bool LARGE, int ROWS, int QUADS, bool ADAPTED>
+template <int MODE, bool LARGE, int ROWS, int QUADS, enum step_adapted ADAPTED>
 static int launch(struct kernel_device *device, struct step_wide_linear *p)
 {
-    using L = layout<LARGE, ROWS>;
+    using L = layout<LARGE, ROWS, false, ADAPTED == STEP_SHARED>;
     const int64_t most = divide_up(divide_up(p->k, TILE_K), p->splits);
-    const size_t sums = (size_t)(L::OVER_K * L::SUMS) * sizeof(float),
-                 parts = (size_t)(p->splits - 1) * (size_t)p->own * L::STRIDE * sizeof(float),
-                 factors = ADAPTED ? 2 * L::FACTORS * sizeof(float) : 0;
+    const size_t f = sizeof(float), others = (size_t)(p->splits - 1) * (size_t)p->own;
+    const size_t sums = (size_t)(L::OVER_K * (L::SUMS + L::U_SUMS)) * f, parts = others * L::STRIDE * f,
+                 u_parts = ADAPTED == STEP_SHARED ? others * SHARED * f : 0,
+                 factors = ADAPTED == STEP_MIXED    ? 2 * L::FACTORS * f
+                           : ADAPTED == STEP_SHARED ? (size_t)L::M * SHARED * f
+                                                    : 0;
     /* Two large blocks to a multiprocessor; a small one beside the scan's. */
+    const size_t own_static = ADAPTED == STEP_MIXED ? 12288 : 6144;
     const size_t room =
-        LARGE ? (size_t)device->shared_bytes / 2 - 12288 : (size_t)device->shared_bytes - 81920;
-    p->stages = (int)((room - parts - factors) / L::STAGE);
+        LARGE ? (size_t)device->shared_bytes / 2 - own_static : (size_t)device->shared_bytes - 81920;
+    p->stages = (int)((room - parts - u_parts - factors) / L::STAGE);
     if (p->stages > most)
         p->stages = (int)most;
     if (p->stages > STAGES_MOST)
         p->stages = STAGES_MOST;
     const size_t ring = (size_t)p->stages * L::STAGE;
     p->parts = (int)(ring > sums ? ring : (sums + 15) / 16 * 16);
-    p->factors = p->parts + (int)parts;
-    const size_t shared = (size_t)p->factors + factors + 1024;
+    p->u_parts = p->parts + (int)parts;
+    p->factors = p->u_parts + (int)u_parts;
+    size_t shared = (size_t)p->factors + factors + 1024;
+    if (shared < ring + L::BEYOND + 1024)
+        shared = ring + L::BEYOND + 1024;
     auto kernel = wide_kernel<MODE, LARGE, ROWS, QUADS, ADAPTED>;
     int status = cuda_check(
         device, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
@@ -810,8 +928,9 @@ static int launch(struct kernel_device *device, struct step_wide_linear *p)
 template <int MODE, bool LARGE, int ROWS, int QUADS>
 static int launch_adapted(struct kernel_device *device, struct step_wide_linear *p)
 {
-    return p->lora != NULL ? launch<MODE, LARGE, ROWS, QUADS, true>(device, p)
-                           : launch<MODE, LARGE, ROWS, QUADS, false>(device, p);
+    return p->adapted == STEP_SHARED  ? launch<MODE, LARGE, ROWS, QUADS, STEP_SHARED>(device, p)
+           : p->adapted == STEP_MIXED ? launch<MODE, LARGE, ROWS, QUADS, STEP_MIXED>(device, p)
+                                      : launch<MODE, LARGE, ROWS, QUADS, STEP_PLAIN>(device, p);
 }
 
 template <int MODE, bool LARGE, int ROWS>

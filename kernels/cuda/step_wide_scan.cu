@@ -23,12 +23,55 @@ static_assert(DT_WARPS * DT_BLOCKS * 32 == STEP_DT_RANK, "");
 static_assert(WARPS == SEQUENCES, "a warp a sequence");
 static_assert(STEP_STATE / LANE_STATES * (CHANNELS / LANE_CHANNELS) == WARP, "a warp's lanes");
 
+static __device__ __forceinline__ float4 load4(const float *p)
+{
+    return *reinterpret_cast<const float4 *>(p);
+}
+
+/* 8 floats, rounded. */
+static __device__ __forceinline__ uint4 load_rounded(const float *p)
+{
+    float v[8];
+    *reinterpret_cast<float4 *>(&v[0]) = load4(p);
+    *reinterpret_cast<float4 *>(&v[4]) = load4(p + 4);
+    union {
+        uint4 packed;
+        __nv_bfloat162 pairs[4];
+    } out;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        out.pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+    return out.packed;
+}
+
 /* ---- embeddings ---- */
+
+/* The shared adapter's A of all layers, rounded: share `block` of `blocks`. */
+static __device__ __forceinline__ void round_factors(const struct step_wide_embed &p, int block, int blocks)
+{
+    const int main = p.from->main, per_layer = STEP_WIDE_SHARED * (p.d + 2 * p.inner) / 8;
+#pragma unroll 4
+    for (int i = block * STEP_THREADS + threadIdx.x; i < p.layers * per_layer; i += blocks * STEP_THREADS) {
+        const int layer = i / per_layer, at = i % per_layer * 8; /* in the layer's factors */
+        const int x = STEP_WIDE_SHARED * p.d, out = x + STEP_WIDE_SHARED * p.inner;
+        const int target = at < x ? STEP_IN : at < out ? STEP_X : STEP_OUT;
+        const struct step_lora &lora = p.layers_lora[layer * STEP_ADAPTERS + main];
+        const int begin = at < x ? 0 : at < out ? x : out, k = at < x ? p.d : p.inner;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (lora.a[target] != NULL && (at - begin) / k < lora.rank)
+            v = load_rounded(lora.a[target] + (at - begin));
+        *reinterpret_cast<uint4 *>(p.factors + (int64_t)layer * per_layer * 8 + at) = v;
+    }
+}
 
 static __global__ void __launch_bounds__(STEP_THREADS)
     wide_embed_kernel(const __grid_constant__ struct step_wide_embed p)
 {
     extern __shared__ float h_row[]; /* [d] */
+    if ((int)blockIdx.x >= p.rows) {
+        round_factors(p, blockIdx.x - p.rows, gridDim.x - p.rows);
+        return;
+    }
     const int n = blockIdx.x, rows = p.from->rows, id = p.from->ids[n], adapter = p.from->adapters[n];
     if (threadIdx.x == 0) {
         p.header->ids[n] = id;
@@ -77,27 +120,6 @@ static __global__ void __launch_bounds__(STEP_THREADS)
 }
 
 /* ---- scan ---- */
-
-static __device__ __forceinline__ float4 load4(const float *p)
-{
-    return *reinterpret_cast<const float4 *>(p);
-}
-
-/* 8 floats, rounded. */
-static __device__ __forceinline__ uint4 load_rounded(const float *p)
-{
-    float v[8];
-    *reinterpret_cast<float4 *>(&v[0]) = load4(p);
-    *reinterpret_cast<float4 *>(&v[4]) = load4(p + 4);
-    union {
-        uint4 packed;
-        __nv_bfloat162 pairs[4];
-    } out;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        out.pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    return out.packed;
-}
 
 /* What of 8 sequences is in shared memory. */
 struct stage {
@@ -248,14 +270,50 @@ static __device__ __forceinline__ void copy_one(float *to, const float *from)
                  : "memory");
 }
 
-template <int STAGES, bool ADAPTED>
+/* The weights of the block's channels with what the shared adapter adds to them. A: [rank][k], B: [rank][CHANNELS]. */
+static __device__ __forceinline__ void merge(step_type *weights, int stride, int k, const float *a, const float *b,
+                                             int rank, float scale)
+{
+    const int pieces = k / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < CHANNELS * pieces; i += STEP_THREADS) {
+        const int row = i / pieces, at = i % pieces * 8;
+        uint4 *place = reinterpret_cast<uint4 *>(weights + row * stride + at);
+        union {
+            uint4 packed;
+            step_type v[8];
+        } w;
+        w.packed = *place;
+        float sum[8] = {};
+#pragma unroll 1
+        for (int j = 0; j < rank; j++) {
+            const float factor = b[j * CHANNELS + row];
+            const float4 low = load4(a + j * k + at), high = load4(a + j * k + at + 4);
+            sum[0] = fmaf(factor, low.x, sum[0]);
+            sum[1] = fmaf(factor, low.y, sum[1]);
+            sum[2] = fmaf(factor, low.z, sum[2]);
+            sum[3] = fmaf(factor, low.w, sum[3]);
+            sum[4] = fmaf(factor, high.x, sum[4]);
+            sum[5] = fmaf(factor, high.y, sum[5]);
+            sum[6] = fmaf(factor, high.z, sum[6]);
+            sum[7] = fmaf(factor, high.w, sum[7]);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            w.v[e] = from_float<step_type>(fmaf(scale, sum[e], to_float(w.v[e])));
+        *place = w.packed;
+    }
+}
+
+template <int STAGES, enum step_adapted ADAPTED>
 static __global__ void __launch_bounds__(STEP_THREADS, 5)
     wide_scan_kernel(const __grid_constant__ struct step_wide_scan p)
 {
 #if STEP_HOPPER
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ float dts[DT_WARPS][SEQUENCES][CHANNELS + 4];
-    __shared__ int adapters[ADAPTED ? STEP_WIDE_ROWS : 1]; /* of this block's sequences */
+    constexpr bool MIXED = ADAPTED == STEP_MIXED;
+    __shared__ int adapters[MIXED ? STEP_WIDE_ROWS : 1]; /* of this block's sequences */
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
     const int first = blockIdx.x * CHANNELS;
     const int quad = lane % (CHANNELS / LANE_CHANNELS) * LANE_CHANNELS, channel = first + quad;
@@ -299,23 +357,32 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
     float *dt_b = reinterpret_cast<float *>(weights + CHANNELS * weight_stride),
           *out_a = dt_b + STEP_AHEAD * CHANNELS, *dt_a = out_a + STEP_AHEAD * CHANNELS;
     const int main =
-        ADAPTED && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD ? p.header->main : -1;
+        ADAPTED != STEP_PLAIN && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD
+            ? p.header->main
+            : -1;
     struct adapter_use main_use = {};
-    if (ADAPTED) {
-        for (int i = threadIdx.x; i < (end - begin) * SEQUENCES; i += STEP_THREADS)
-            adapters[i] = p.header->adapters[begin * SEQUENCES + i];
+    if (ADAPTED != STEP_PLAIN) {
+        if (MIXED)
+            for (int i = threadIdx.x; i < (end - begin) * SEQUENCES; i += STEP_THREADS)
+                adapters[i] = p.header->adapters[begin * SEQUENCES + i];
         main_use = use_of(p, main, single);
         step_copy_floats(dt_a, main_use.a, main_use.rank * p.rank, threadIdx.x, STEP_THREADS);
         for (int j = warp; j < main_use.rank; j += WARPS)
             copy_one(dt_b + j * CHANNELS + lane,
                      p.lora[main].b[STEP_DT] + (int64_t)(first + lane) * main_use.rank + j);
-        for (int j = warp; j < main_use.out_rank; j += WARPS)
+        for (int j = warp; MIXED && j < main_use.out_rank; j += WARPS)
             copy_one(out_a + j * CHANNELS + lane,
                      p.lora[main].a[STEP_OUT] + (int64_t)j * p.inner + first + lane);
         main_use.a = dt_a;
         main_use.b = dt_b + own;
         main_use.out = out_a + own;
         main_use.b_step = main_use.out_step = CHANNELS;
+    }
+    if (ADAPTED == STEP_SHARED && main_use.rank > 0) {
+        copies_commit();
+        copies_wait<0>();
+        __syncthreads();
+        merge(weights, weight_stride, p.rank, dt_a, dt_b, main_use.rank, main_use.scale);
     }
     const float bias = p.dt_bias[single], skip = p.d[single];
 
@@ -361,7 +428,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
         if (live) {
             const float *x_dbl = in->x_dbl + warp * (p.width + PAD);
             struct adapter_use use = main_use;
-            if (ADAPTED) { /* a warp's sequence has one adapter */
+            if (MIXED) { /* a warp's sequence has one adapter */
                 const int adapter = adapters[(at - begin) * SEQUENCES + warp];
                 if (adapter != main)
                     use = use_of(p, adapter, single);
@@ -370,7 +437,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
 #pragma unroll
             for (int share = 0; share < DT_WARPS; share++)
                 delta += dts[share][warp][own];
-            if (ADAPTED)
+            if (MIXED)
                 delta += low_rank_dt(use, x_dbl, p.rank);
             delta = softplus(delta);
             float dt[LANE_CHANNELS], dtx[LANE_CHANNELS], y[LANE_CHANNELS] = {};
@@ -406,7 +473,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
             const step_type result =
                 from_float<step_type>(fmaf(skip, to_float(in->xc[warp][own]), sum) * silu(in->z[warp][own]));
             p.y[(int64_t)n * p.inner + single] = result;
-            if (ADAPTED)
+            if (MIXED)
                 feed_out(p, use, n, to_float(result));
         }
         __syncthreads(); /* the stage has been read */
@@ -427,16 +494,17 @@ int step_wide_scan_parts(int64_t inner)
     return (int)(inner / CHANNELS);
 }
 
-int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p, int rows)
+int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p)
 {
-    return step_launch(device, wide_embed_kernel, dim3((unsigned)rows), STEP_THREADS,
+    const int more = p->factors != NULL ? 2 * device->multiprocessors : 0;
+    return step_launch(device, wide_embed_kernel, dim3((unsigned)(p->rows + more)), STEP_THREADS,
                        (size_t)p->d * sizeof(float), 1, false, *p);
 }
 
-template <int STAGES, bool ADAPTED>
+template <int STAGES, enum step_adapted ADAPTED>
 static int launch(struct kernel_device *device, const struct step_wide_scan *p, int splits)
 {
-    const size_t factors = ADAPTED ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
+    const size_t factors = ADAPTED != STEP_PLAIN ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
     const size_t weights =
         STEP_STATE * CHANNELS * sizeof(float) + CHANNELS * ((size_t)p->rank + W_PAD) * sizeof(step_type);
     const size_t shared = STAGES * stage_bytes(p->width) + weights + factors;
@@ -452,8 +520,9 @@ static int launch(struct kernel_device *device, const struct step_wide_scan *p, 
 template <int STAGES>
 static int launch_stages(struct kernel_device *device, const struct step_wide_scan *p, int splits)
 {
-    return p->lora != NULL ? launch<STAGES, true>(device, p, splits)
-                           : launch<STAGES, false>(device, p, splits);
+    return p->adapted == STEP_SHARED  ? launch<STAGES, STEP_SHARED>(device, p, splits)
+           : p->adapted == STEP_MIXED ? launch<STAGES, STEP_MIXED>(device, p, splits)
+                                      : launch<STAGES, STEP_PLAIN>(device, p, splits);
 }
 
 /* As many blocks as fit the device at once. */
