@@ -24,12 +24,15 @@
 #include "kernels/cuda/step.cuh"
 #include "kernels/cuda/vector.cuh"
 
+#include <stddef.h>
+
 enum {
     MATH_WARPS = 8, /* a share of k each */
     MATH_THREADS = MATH_WARPS * WARP,
     COPY_WARP = MATH_WARPS,
     TOUCH_WARP,
     SUM_WARP,
+    SEND_WARP,
     THREADS = (MATH_WARPS + 4) * WARP, /* whole warpgroups, which share registers unevenly */
     MATH_REGISTERS = 208,
     OTHER_REGISTERS = 88,
@@ -103,7 +106,7 @@ static __host__ __device__ inline int x_tiles_of(const struct step_one &p)
 }
 
 /* What of an adapter is in shared memory at once, RANKS floats each. */
-enum { USE_IN, USE_DT, USE_OUT, USES };
+enum { USE_IN, USE_OUT, USES };
 
 /* Returns the bytes of shared memory. */
 static int lay_out_room(struct step_one *p, int inner, int in_tiles, int ring_bytes)
@@ -268,12 +271,6 @@ static __device__ __forceinline__ void mail_sum_ranks(const uint64_t *from, int 
     const int lane = threadIdx.x % WARP;
     ulonglong2 v[AT_ONCE];
     int polls = 0;
-    do { /* of one, while there is nothing yet */
-        v[0] = mail_read_two(from + 2 * min(lane, 2 * count - 1));
-        if (polls++ > PATIENCE)
-            __trap();
-    } while (!mail_is_there(v[0], tag));
-    __syncwarp();
     for (bool there = false; !there; polls++) {
         there = true;
 #pragma unroll
@@ -436,100 +433,119 @@ template <int KB, int STAGES> struct copier {
 
 /* ---- small parameters ahead of their use ---- */
 
-/* Rows of bytes, `stride` apart. */
+/* An array that the block needs a part of, in every layer: where its address is, and what of it. */
 struct small {
-    const void *from;
-    int rows, bytes;
-    int64_t stride;
+    const char *address; /* of the first layer's; NULL: of the states, which lie at p.states */
+    int step;            /* from layer to layer */
+    int64_t first;       /* byte */
+    int rows, bytes, stride;
 };
-
-/* To the cache of this multiprocessor; a lane a sector. Copies to nowhere: unlike loads they leave no register to wait
- * for. */
-static __device__ __forceinline__ void touch(const struct small &s)
-{
-    enum { SECTOR = 32 };
-    __shared__ uint32_t nowhere[WARP];
-    const int lane = threadIdx.x % WARP, sectors = s.bytes / SECTOR + 2;
-    for (int row = 0, at = lane; row < s.rows; at += WARP) {
-        for (; at >= sectors; at -= sectors)
-            row++;
-        const char *begin = static_cast<const char *>(s.from) + row * s.stride;
-        const char *sector = begin - (uintptr_t)begin % SECTOR + at * SECTOR;
-        if (row < s.rows && sector < begin + s.bytes)
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(&nowhere[lane])),
-                         "l"(sector)
-                         : "memory");
-    }
-}
 
 template <int KB, int STAGES> struct toucher {
     using S = shape<KB, STAGES>;
-    enum { ALWAYS = 11, ALL = ALWAYS + 6 };
     const struct step_one &p;
     const struct block own;
+    const int lane;
 
-    static __device__ __forceinline__ struct small floats(const float *from, int64_t first, int64_t count)
+    __device__ __forceinline__ struct small of_layer(size_t member, int64_t first, int64_t count, int size,
+                                                     int rows = 1) const
     {
-        return {from != NULL ? from + first : NULL, from != NULL, (int)count * (int)sizeof(float), 0};
+        return {reinterpret_cast<const char *>(p.layer) + member, (int)sizeof(struct mamba_step_layer), first * size,
+                rows, (int)count * size, S::INNER * (int)sizeof(float)};
+    }
+    __device__ __forceinline__ struct small of_lora(size_t member, int target, int64_t first, int64_t count) const
+    {
+        const int f = (int)sizeof(float);
+        return {reinterpret_cast<const char *>(p.lora) + member + target * sizeof(float *),
+                STEP_ADAPTERS * (int)sizeof(struct step_lora), first * f, p.lora_rank > 0 ? 1 : 0,
+                (int)count * f, 0};
     }
 
-    /* What the block needs of a layer beside the large weights. */
-    __device__ __forceinline__ struct small item(int layer, int i) const
+    /* A lane's. */
+    __device__ __forceinline__ struct small item() const
     {
-        const struct mamba_step_layer &l = p.layer[layer];
-        const struct step_lora *lora = p.lora + layer * STEP_ADAPTERS;
-        const int64_t c0 = own.in.begin * CHANNELS, channels = own.in.count * CHANNELS, inner = S::INNER;
+        const int64_t c0 = own.in.begin * CHANNELS, channels = own.in.count * CHANNELS;
         const int64_t o0 = own.out.begin * TILE, outputs = own.out.count * TILE, r = p.lora_rank;
-        const int f = (int)sizeof(float), t = (int)sizeof(step_type), own_bytes = (int)channels * f;
-        switch (i) {
+        const int f = (int)sizeof(float), row = S::INNER * f;
+        const size_t a = offsetof(struct step_lora, a), b = offsetof(struct step_lora, b);
+        switch (lane) {
         case 0:
-            return {p.states + (int64_t)layer * (STEP_CONV - 1 + STEP_STATE) * inner + c0,
-                    STEP_CONV - 1 + STEP_STATE, own_bytes, inner * f};
+            return {NULL, (STEP_CONV - 1 + STEP_STATE) * row, c0 * f, STEP_CONV - 1 + STEP_STATE, (int)channels * f,
+                    row};
         case 1:
-            return floats(l.conv, c0 * STEP_CONV, channels * STEP_CONV);
+            return of_layer(offsetof(struct mamba_step_layer, conv), c0, channels, STEP_CONV * f);
         case 2:
-            return floats(l.conv_bias, c0, channels);
+            return of_layer(offsetof(struct mamba_step_layer, conv_bias), c0, channels, f);
         case 3:
-            return floats(l.in_bias, c0, channels);
+            return of_layer(offsetof(struct mamba_step_layer, in_bias), c0, channels, f);
         case 4:
-            return floats(l.in_bias, inner + c0, channels);
+            return of_layer(offsetof(struct mamba_step_layer, in_bias), S::INNER + c0, channels, f);
         case 5:
-            return {l.a + c0, STEP_STATE, own_bytes, inner * f};
+            return of_layer(offsetof(struct mamba_step_layer, a), c0, channels, f, STEP_STATE);
         case 6:
-            return {static_cast<const step_type *>(l.dt_proj) + c0 * p.rank, 1, (int)channels * p.rank * t, 0};
+            return of_layer(offsetof(struct mamba_step_layer, dt_proj), c0, channels,
+                            p.rank * (int)sizeof(step_type));
         case 7:
-            return floats(l.dt_bias, c0, channels);
+            return of_layer(offsetof(struct mamba_step_layer, dt_bias), c0, channels, f);
         case 8:
-            return floats(l.d, c0, channels);
+            return of_layer(offsetof(struct mamba_step_layer, d), c0, channels, f);
         case 9:
-            return floats(layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f, o0, outputs);
+            return of_layer(offsetof(struct mamba_step_layer, norm), o0, outputs, f);
         case 10:
-            return floats(l.out_bias, o0, outputs);
+            return of_layer(offsetof(struct mamba_step_layer, out_bias), o0, outputs, f);
         case 11:
-            return floats(lora->b[STEP_IN], c0 * r, channels * r);
+            return of_lora(b, STEP_IN, c0 * r, channels * r);
         case 12:
-            return floats(lora->b[STEP_IN], (inner + c0) * r, channels * r);
+            return of_lora(b, STEP_IN, (S::INNER + c0) * r, channels * r);
         case 13:
-            return floats(lora->b[STEP_X], 0, (p.rank + 2 * STEP_STATE) * r);
+            return of_lora(b, STEP_X, 0, (p.rank + 2 * STEP_STATE) * r);
         case 14:
-            return floats(lora->a[STEP_DT], 0, r * p.rank);
+            return of_lora(a, STEP_DT, 0, r * p.rank);
         case 15:
-            return floats(lora->b[STEP_DT], c0 * r, channels * r);
+            return of_lora(b, STEP_DT, c0 * r, channels * r);
+        case 16:
+            return of_lora(b, STEP_OUT, o0 * r, outputs * r);
         default:
-            return floats(lora->b[STEP_OUT], o0 * r, outputs * r);
+            return {};
         }
     }
 
     __device__ __forceinline__ void run() const
     {
-        const int items = p.lora_rank > 0 ? ALL : ALWAYS;
+        enum { ITEMS = 17, SECTOR = 32 };
+        __shared__ uint32_t nowhere[WARP];
+        const struct small mine = item();
 #pragma unroll 1
         for (int layer = 0; layer < p.layers; layer++) {
             while (*(volatile int *)&layers_begun < layer)
                 __nanosleep(64);
+            const int64_t step = (int64_t)layer * mine.step;
+            const char *array = mine.address == NULL
+                                    ? reinterpret_cast<const char *>(p.states) + step
+                                    : (mine.rows > 0 ? *reinterpret_cast<const char *const *>(mine.address + step)
+                                                     : NULL);
+            const char *begin = array != NULL ? array + mine.first : NULL;
 #pragma unroll 1
-            for (int i = 0; i < items; i++)
-                touch(item(layer, i));
+            for (int i = 0; i < ITEMS; i++) {
+                const char *from = reinterpret_cast<const char *>(
+                    __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(begin), i));
+                const int rows = from != NULL ? __shfl_sync(0xffffffffu, mine.rows, i) : 0,
+                          bytes = __shfl_sync(0xffffffffu, mine.bytes, i),
+                          stride = __shfl_sync(0xffffffffu, mine.stride, i), sectors = bytes / SECTOR + 2;
+                /* Copies to nowhere: unlike loads they leave no register to wait for. */
+#pragma unroll 1
+                for (int row = 0, at = lane; row < rows; at += WARP) {
+                    for (; at >= sectors; at -= sectors)
+                        row++;
+                    const char *first = from + (int64_t)row * stride;
+                    const char *sector = first - (uintptr_t)first % SECTOR + at * SECTOR;
+                    if (row < rows && sector < first + bytes)
+                        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                                         shared_address(&nowhere[lane])),
+                                     "l"(sector)
+                                     : "memory");
+                }
+            }
         }
     }
 };
@@ -592,10 +608,11 @@ struct channel_in {
 template <int CHUNKS> struct channel_scan {
     float h[LANE_STATES], rate[LANE_STATES], bias, skip;
     uint4 weight[CHUNKS]; /* of dt_proj */
-    /* An adapter's: x_proj's row of B of output threadIdx.x; a row of dt_proj's A, each lane every 32nd element; and of the
-     * channel, of the ranks that the lane has of 8, dt_proj's B. */
+    /* An adapter's: x_proj's row of B of output threadIdx.x; of dt_proj's A the row of rank lane / 4, each lane every 4th
+     * 4 elements; and of its B the channel's, of the ranks that the lane has of 8. */
     struct ranks x_b;
-    float dt_a[CHUNKS], dt_b[LANE_RANKS];
+    float4 dt_a[2 * CHUNKS];
+    float dt_b[LANE_RANKS];
 };
 
 /* ---- the math warps ---- */
@@ -939,7 +956,7 @@ template <int KB, int STAGES, enum adapted ADAPTED> struct math {
         if (has(STEP_X) && (int)threadIdx.x < p.rank + 2 * STEP_STATE)
             in.x_b = load_row(lora(layer).b[STEP_X], threadIdx.x, 0);
         if (has(STEP_DT))
-            load_dt_a(layer, warp, in.dt_a);
+            load_dt_a(layer, 0, in.dt_a);
         return in;
     }
 
@@ -947,12 +964,16 @@ template <int KB, int STAGES, enum adapted ADAPTED> struct math {
     {
         return EIGHT || j < p.lora_rank ? lora(layer).b[STEP_DT][channel * lora_rank() + j] : 0.0f;
     }
-    __device__ __forceinline__ void load_dt_a(int layer, int j, float (&a)[CHUNKS]) const
+    __device__ __forceinline__ void load_dt_a(int layer, int first, float4 (&a)[2 * CHUNKS]) const
     {
+        const int j = first + lane / LANES;
+        const float *row = lora(layer).a[STEP_DT] + j * p.rank;
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const int k = lane + i * WARP;
-            a[i] = (EIGHT || j < p.lora_rank) && k < p.rank ? lora(layer).a[STEP_DT][j * p.rank + k] : 0.0f;
+        for (int i = 0; i < 2 * CHUNKS; i++) {
+            const int k = (lane % LANES + i * LANES) * 4;
+            a[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if ((EIGHT || j < p.lora_rank) && k < p.rank)
+                a[i] = *reinterpret_cast<const float4 *>(row + k);
         }
     }
 
@@ -971,27 +992,39 @@ template <int KB, int STAGES, enum adapted ADAPTED> struct math {
         math_sync();
     }
 
-    /* dt_low A^T, a warp a rank. */
-    __device__ __forceinline__ void adapt_dt(int layer, const struct channel_scan<CHUNKS> &in)
+    /* This lane's ranks' part of what dt_proj's adapter adds to dt: every warp makes dt_low A^T for itself. */
+    __device__ __forceinline__ float adapt_dt(int layer, int channel, const float *low,
+                                              const struct channel_scan<CHUNKS> &in) const
     {
-        const float *low = floats_at(p.room.x_dbl);
-        float a[CHUNKS];
+        const int part = lane % LANES;
+        float4 a[2 * CHUNKS];
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++)
+        for (int i = 0; i < 2 * CHUNKS; i++)
             a[i] = in.dt_a[i];
+        float dt = 0.0f;
 #pragma unroll 1
-        for (int j = warp; j < tiles_of(STEP_DT) * TILE; j += MATH_WARPS) {
-            if (j != warp)
-                load_dt_a(layer, j, a);
-            float sum = 0.0f;
+        for (int first = 0; first < tiles_of(STEP_DT) * TILE; first += TILE) {
+            if (first > 0)
+                load_dt_a(layer, first, a);
+            float u = 0.0f;
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++)
-                sum = fmaf(a[i], lane + i * WARP < p.rank ? low[lane + i * WARP] : 0.0f, sum);
-            sum = warp_sum(sum);
-            if (lane == 0)
-                u_of(USE_DT)[j] = p.lora_scale * sum;
+            for (int i = 0; i < 2 * CHUNKS; i++) {
+                const int k = (part + i * LANES) * 4;
+                if (k < p.rank) {
+                    const float4 v = *reinterpret_cast<const float4 *>(low + k);
+                    u += a[i].x * v.x + a[i].y * v.y + a[i].z * v.z + a[i].w * v.w;
+                }
+            }
+            u += __shfl_xor_sync(0xffffffffu, u, 1);
+            u += __shfl_xor_sync(0xffffffffu, u, 2);
+#pragma unroll
+            for (int e = 0; e < LANE_RANKS; e++) {
+                const int j = part * LANE_RANKS + e;
+                const float one = __shfl_sync(0xffffffffu, u, j * LANES);
+                dt = fmaf(first == 0 ? in.dt_b[e] : dt_b_of(layer, channel, first + j), one, dt);
+            }
         }
-        math_sync();
+        return p.lora_scale * dt;
     }
 
     /* dt, the state's step and y of the block's channels. */
@@ -1005,8 +1038,6 @@ template <int KB, int STAGES, enum adapted ADAPTED> struct math {
         math_sync();
         if (has(STEP_X))
             adapt_x_dbl(layer, in.x_b);
-        if (has(STEP_DT))
-            adapt_dt(layer, in);
         if ((int)threadIdx.x / WARP * WARP >= own.in.count * CHANNELS * LANES)
             return;
         const float *low = floats_at(p.room.x_dbl);
@@ -1018,13 +1049,8 @@ template <int KB, int STAGES, enum adapted ADAPTED> struct math {
         for (int j = 0; j < CHUNKS; j++)
             if ((part + j * LANES) * 8 < p.rank)
                 dt += dot_8(in.weight[j], low + (part + j * LANES) * 8);
-        if (has(STEP_DT)) {
-            const float2 u = *reinterpret_cast<const float2 *>(u_of(USE_DT) + part * LANE_RANKS);
-            dt = fmaf(in.dt_b[0], u.x, fmaf(in.dt_b[1], u.y, dt));
-#pragma unroll 1
-            for (int j = TILE + part; j < lora_rank(); j += LANES)
-                dt = fmaf(live ? dt_b_of(layer, channel, j) : 0.0f, u_of(USE_DT)[j], dt);
-        }
+        if (has(STEP_DT))
+            dt += adapt_dt(layer, live ? channel : 0, low, in);
         dt += __shfl_xor_sync(0xffffffffu, dt, 1);
         dt += __shfl_xor_sync(0xffffffffu, dt, 2);
         dt = softplus(dt + in.bias);
@@ -1044,7 +1070,7 @@ template <int KB, int STAGES, enum adapted ADAPTED> struct math {
         if (has(STEP_OUT)) {
             if (live && part == 0)
                 floats_at(p.room.own_y)[i] = y;
-            numbered_arrive(BARRIER_Y, (own.scan_warps() + 1) * WARP);
+            numbered_arrive(BARRIER_Y, (own.scan_warps() + 1 + (own.out.count > 0)) * WARP);
         }
         if (live) {
             float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel);
@@ -1183,42 +1209,52 @@ template <int KB, int STAGES, bool ADAPTED> struct summer {
     const struct block own;
     const int lane;
 
+    /* Two turns a layer: before the results of in_proj and of out_proj. */
     __device__ __forceinline__ void run() const
     {
         const int senders = min((int)gridDim.x, S::D / TILE);
-        /* Two turns a layer: before the results of in_proj and of out_proj the sums, then a part of what the other wants. */
 #pragma unroll 1
         for (int turn = 0; turn <= 2 * p.layers; turn++) {
             const int layer = turn / 2;
-            const bool out = turn % 2 != 0, mine = !out || own.out.count > 0;
+            const bool out = turn % 2 != 0;
             const uint32_t tag = p.tag + (uint32_t)layer;
-            const bool adapted = ADAPTED && layer < p.layers && p.u_tiles[out ? STEP_OUT : STEP_IN] > 0;
+            const bool adapted = ADAPTED && layer < p.layers && p.u_tiles[out ? STEP_OUT : STEP_IN] > 0 &&
+                                 (!out || own.out.count > 0);
+            if (out && adapted) /* nothing is there before the block itself has come so far */
+                numbered_wait(BARRIER_Y, (own.scan_warps() + 2) * WARP);
             if (!out && layer > 0) { /* the first one's every block has made */
                 const float sum = mail_sum(p.squares, senders, tag);
                 if (lane == 0)
                     row_scale = rsqrtf(fmaf(sum, 1.0f / (float)S::D, p.eps));
             }
-            if (adapted && mine && turn > 0)
+            if (adapted && turn > 0)
 #pragma unroll 1
                 for (int t = 0; t * TILE < p.lora_rank; t++)
                     mail_sum_ranks((out ? p.u_out : p.u_in) + t * U_WORDS, out ? (int)gridDim.x : senders, tag,
                                    p.lora_scale,
                                    floats_at(p.room.u) + (out ? USE_OUT : USE_IN) * RANKS + t * TILE);
-            if (!out || (adapted && mine))
+            if (!out || adapted)
                 numbered_arrive(out ? BARRIER_OUT : BARRIER_IN, MATH_THREADS + WARP);
-            const bool sends = out ? p.u_tiles[STEP_IN] > 0 && own.out.count > 0 && layer + 1 < p.layers
-                                   : p.u_tiles[STEP_OUT] > 0 && layer < p.layers;
-            if (ADAPTED && sends) {
-                const struct step_lora *lora = p.lora + layer * STEP_ADAPTERS;
-                if (out)
-                    send_ranks(lora[STEP_ADAPTERS].a[STEP_IN] + own.out.begin * TILE, S::D,
-                               own.out.count * (TILE / 4), p.lora_rank, floats_at(p.room.own_h), BARRIER_H, 2 * WARP,
-                               p.u_in + own.template sender<S::D>() * (TILE / 2), tag + 1);
-                else
-                    send_ranks(lora->a[STEP_OUT] + own.in.begin * CHANNELS, S::INNER, own.in.count, p.lora_rank,
-                               floats_at(p.room.own_y), BARRIER_Y, (own.scan_warps() + 1) * WARP,
-                               p.u_out + blockIdx.x * (TILE / 2), tag);
-            }
+        }
+    }
+
+    /* The warp that makes this block's parts: of y for out_proj, then of h for the next in_proj. */
+    __device__ __forceinline__ void run_sender() const
+    {
+        const int y_warps = own.scan_warps() + 1 + (own.out.count > 0);
+#pragma unroll 1
+        for (int turn = 0; turn < 2 * p.layers - 1; turn++) {
+            const bool h = turn % 2 != 0;
+            const uint32_t tag = p.tag + (uint32_t)((turn + 1) / 2);
+            const struct step_lora *lora = p.lora + (turn + 1) / 2 * STEP_ADAPTERS;
+            if (p.u_tiles[h ? STEP_IN : STEP_OUT] == 0 || (h && own.out.count == 0))
+                continue;
+            send_ranks(h ? lora->a[STEP_IN] + own.out.begin * TILE : lora->a[STEP_OUT] + own.in.begin * CHANNELS,
+                       h ? (int)S::D : (int)S::INNER, h ? own.out.count * (TILE / 4) : own.in.count, p.lora_rank,
+                       floats_at(h ? p.room.own_h : p.room.own_y), h ? (int)BARRIER_H : (int)BARRIER_Y,
+                       (h ? 2 : y_warps) * WARP,
+                       h ? p.u_in + own.template sender<S::D>() * (TILE / 2) : p.u_out + blockIdx.x * (TILE / 2),
+                       tag);
         }
     }
 };
@@ -1254,11 +1290,14 @@ static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_con
             };
             copier.run();
         } else if (warp == TOUCH_WARP) {
-            const struct toucher<KB, STAGES> toucher = {p, block_of<KB, STAGES>(p)};
+            const struct toucher<KB, STAGES> toucher = {p, block_of<KB, STAGES>(p), lane};
             toucher.run();
         } else if (warp == SUM_WARP) {
             const struct summer<KB, STAGES, ADAPTED != PLAIN> summer = {p, block_of<KB, STAGES>(p), lane};
             summer.run();
+        } else if (ADAPTED != PLAIN && warp == SEND_WARP) {
+            const struct summer<KB, STAGES, true> summer = {p, block_of<KB, STAGES>(p), lane};
+            summer.run_sender();
         }
     }
 #endif

@@ -409,10 +409,11 @@ static void check_shape(const struct shape *shape, const int64_t *rows, int n_ro
 {
     struct step_model *model = make_model(shape);
     for (int i = 0; i < n_rows; i++)
-        for (int mix = 0; mix < 3; mix++) { /* the base, one adapter, all of them and the base */
+        for (int mix = 0; mix <= (rows[i] > 1 ? 2 : ADAPTERS); mix++) {
+            /* The base, one adapter, all of them and the base; one row: the base, each adapter. */
             int32_t row_adapters[ROWS_MOST];
             for (int32_t n = 0; n < rows[i]; n++)
-                row_adapters[n] = mix == 1 ? 0 : (n * 5 + 1) % (ADAPTERS + 1) - 1;
+                row_adapters[n] = mix == 1 || rows[i] == 1 ? mix - 1 : (n * 5 + 1) % (ADAPTERS + 1) - 1;
             size_t count = (size_t)(rows[i] * shape->vocab);
             float *once = malloc(count * sizeof *once), *again = malloc(count * sizeof *again);
             run_steps(model, rows[i], mix ? row_adapters : NULL, true, once);
