@@ -209,8 +209,8 @@ static int emit_chain(const struct chain *chain)
     const struct mamba_step_args *a = chain->a;
     const struct step_buffers *b = &chain->b;
     if (chain->rows > FEW_ROWS) {
-        struct step_wide wide = {a, chain->device->steps->wide_header, chain->table, a->workspace,
-                                 chain->rows, chain->adapted};
+        struct step_wide wide = {
+            a, chain->device->steps->wide_header, chain->table, a->workspace, chain->rows, chain->adapted};
         return step_wide_emit(chain->device, &wide);
     }
     struct step_embed embed = {};
@@ -455,7 +455,8 @@ static int send_adapters(struct kernel_device *device, const struct mamba_step_a
 }
 
 /* Returns what the rows have. */
-template <typename Header> static enum step_adapted fill_header(const struct mamba_step_args *a, Header *header)
+template <typename Header>
+static enum step_adapted fill_header(const struct mamba_step_args *a, Header *header)
 {
     header->rows = (int32_t)a->rows;
     header->rank = 0;

@@ -20,63 +20,7 @@
  * thread needs beside the mail (parameters, states) it loads ahead of the wait; another warp has touched it before.
  *
  * All blocks must run at once: the launch is a cooperative one. */
-#include "kernels/cuda/hopper.cuh"
-#include "kernels/cuda/step.cuh"
-#include "kernels/cuda/vector.cuh"
-
-#include <stddef.h>
-
-enum {
-    MATH_WARPS = 8, /* a share of k each */
-    MATH_THREADS = MATH_WARPS * WARP,
-    COPY_WARP = MATH_WARPS,
-    TOUCH_WARP,
-    SUM_WARP,
-    SEND_WARP,
-    THREADS = (MATH_WARPS + 4) * WARP, /* whole warpgroups, which share registers unevenly */
-    MATH_REGISTERS = 208,
-    OTHER_REGISTERS = 88,
-    TILE = 8, /* outputs; of in_proj x and z of CHANNELS channels */
-    CHANNELS = 4,
-    LANES = 4, /* that share a channel of the scan */
-    LANE_STATES = STEP_STATE / LANES,
-    LANE_RANKS = TILE / LANES,
-    GROUP = 4,      /* stages that a warp multiplies at once */
-    HEAD_TILES = 8, /* of the head between two looks at the sums */
-    SUMS = 24,      /* most tiles of a product */
-    RANKS = STEP_ONE_TILES * TILE,
-    U_WORDS = STEP_ONE_BLOCKS * TILE / 2, /* of mail for 8 ranks of x A^T: two of a block in each */
-    SLOTS_MOST = 32,
-    SPREAD = 64,        /* bytes that rows in shared memory are longer than a multiple of 128 */
-    PATIENCE = 1 << 22, /* polls: seconds, only where a block is missing, which the launch excludes */
-};
-
-/* ---- what is where ---- */
-
-/* A row of d weights is STAGES stages of 8 warps' KB blocks of 32. */
-template <int KB, int STAGES> struct shape {
-    enum {
-        D = 256 * KB * STAGES,
-        INNER = 2 * D,
-        BYTES = 512 * KB,        /* of a row in a stage */
-        STRIDE = BYTES + SPREAD, /* between rows */
-        SLOT = TILE * STRIDE,
-    };
-};
-
-/* The parts of the mail; returns how many words it is. */
-static int64_t lay_out_mail(struct step_one *p, int d, int inner)
-{
-    uint64_t *at = p->mail;
-    p->h = at;
-    p->squares = p->h + d / 2;
-    p->xc = p->squares + STEP_ONE_BLOCKS;
-    p->x_dbl = p->xc + inner / 2;
-    p->y = p->x_dbl + p->rank + 2 * STEP_STATE + RANKS;
-    p->u_in = p->y + inner / 2;
-    p->u_out = p->u_in + STEP_ONE_TILES * U_WORDS;
-    return p->u_out + STEP_ONE_TILES * U_WORDS - at;
-}
+#include "kernels/cuda/step_one.cuh"
 
 int64_t step_one_mail(const struct mamba_step_args *a)
 {
@@ -85,470 +29,7 @@ int64_t step_one_mail(const struct mamba_step_args *a)
     return lay_out_mail(&p, (int)a->d_model, (int)a->d_inner) * (int64_t)sizeof(uint64_t);
 }
 
-/* What a block of n has of `count`: one more for the first, or for the last of them. */
-struct share {
-    int begin, count;
-};
-static __host__ __device__ inline struct share share_first(int count, int block, int n)
-{
-    int least = count / n, more = count % n;
-    return {block * least + min(block, more), least + (block < more)};
-}
-static __host__ __device__ inline struct share share_last(int count, int block, int n)
-{
-    int least = count / n, more = count % n, plain = n - more;
-    return {block * least + max(0, block - plain), least + (block >= plain)};
-}
-
-static __host__ __device__ inline int x_tiles_of(const struct step_one &p)
-{
-    return (p.rank + 2 * STEP_STATE) / TILE;
-}
-
-/* What of an adapter is in shared memory at once, RANKS floats each. */
-enum { USE_IN, USE_OUT, USES };
-
-/* Returns the bytes of shared memory. */
-static int lay_out_room(struct step_one *p, int inner, int in_tiles, int ring_bytes)
-{
-    const int f = (int)sizeof(float);
-    struct step_one_room *r = &p->room;
-    r->x = ring_bytes;
-    r->sums = r->x + 2 * inner;
-    r->x_dbl = r->sums + MATH_WARPS * SUMS * TILE * f;
-    r->own_x = r->x_dbl + (p->rank + 2 * STEP_STATE + RANKS) * f;
-    r->own_z = r->own_x + in_tiles * CHANNELS * f;
-    r->own_y = r->own_z + in_tiles * CHANNELS * f;
-    r->own_h = r->own_y + in_tiles * CHANNELS * f;
-    r->u = r->own_h + WARP * f;
-    return r->u + (p->lora_rank > 0 ? USES * RANKS * f : 0);
-}
-
-/* What a kernel is compiled for: its code has to fit the cache of instructions. */
-enum adapted { PLAIN, RANK_8, ANY_RANK };
-
 #if CUDA_HOPPER
-
-/* ---- shared memory ---- */
-
-static __shared__ uint64_t ring_full[SLOTS_MOST], ring_empty[SLOTS_MOST];
-static __shared__ float row_scale;  /* 1/rms */
-static __shared__ int layers_begun; /* by the math warps: what the touching warp follows */
-
-static __device__ __forceinline__ unsigned char *shared_at(int at)
-{
-    extern __shared__ __align__(128) unsigned char shared[];
-    return shared + at;
-}
-static __device__ __forceinline__ float *floats_at(int at)
-{
-    return reinterpret_cast<float *>(shared_at(at));
-}
-
-/* The ring's barriers by their addresses, which compilers otherwise work out again at each. */
-static __device__ __forceinline__ void barrier_wait_at(uint32_t barrier, unsigned parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra through;\n"
-                 "bra again;\n"
-                 "through:\n"
-                 "}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/* The block's numbered barriers: of the math warps; of those with the summing warp, for its sums before in_proj's results
- * and before out_proj's; and of that with those who have y and h. */
-enum { BARRIER_MATH = 1, BARRIER_IN, BARRIER_OUT, BARRIER_Y, BARRIER_H };
-
-static __device__ __forceinline__ void math_sync()
-{
-    numbered_wait(BARRIER_MATH, MATH_THREADS);
-}
-
-/* ---- mail ---- */
-
-static __device__ __forceinline__ void mail_send(uint64_t *to, uint32_t value, uint32_t tag)
-{
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((uint64_t)tag << 32 | value)
-                 : "memory");
-}
-
-/* `words` of them, two at a time, to shared memory. */
-template <int AT_ONCE>
-static __device__ __forceinline__ void mail_gather(const uint64_t *from, int words, unsigned char *to,
-                                                   uint32_t tag)
-{
-    const int pairs = words / 2;
-    ulonglong2 v[AT_ONCE];
-    bool there = false;
-    for (int polls = 0; !there; polls++) {
-        there = true;
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            const int i = (int)threadIdx.x + u * MATH_THREADS;
-            v[u].x = v[u].y = (uint64_t)tag << 32;
-            if (i < pairs)
-                asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                             : "=l"(v[u].x), "=l"(v[u].y)
-                             : "l"(from + 2 * i)
-                             : "memory");
-        }
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            there = there && (uint32_t)(v[u].x >> 32) == tag && (uint32_t)(v[u].y >> 32) == tag;
-        if (polls > PATIENCE)
-            __trap();
-    }
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-        const int i = (int)threadIdx.x + u * MATH_THREADS;
-        if (i < pairs)
-            *reinterpret_cast<uint2 *>(to + 8 * i) = make_uint2((uint32_t)v[u].x, (uint32_t)v[u].y);
-    }
-}
-
-/* The sum of `count` parts, by one warp. */
-static __device__ __forceinline__ float mail_sum(const uint64_t *from, int count, uint32_t tag)
-{
-    enum { AT_ONCE = STEP_ONE_BLOCKS / WARP };
-    uint64_t v[AT_ONCE];
-    bool there = false;
-    for (int polls = 0; !there; polls++) {
-        there = true;
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            const int i = (int)threadIdx.x % WARP + u * WARP;
-            v[u] = (uint64_t)tag << 32;
-            if (i < count)
-                asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v[u]) : "l"(from + i) : "memory");
-        }
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            there = there && (uint32_t)(v[u] >> 32) == tag;
-        if (polls > PATIENCE)
-            __trap();
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++)
-        sum += __uint_as_float((uint32_t)v[u]);
-    return warp_sum(sum);
-}
-
-static __device__ __forceinline__ ulonglong2 mail_read_two(const uint64_t *from)
-{
-    ulonglong2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
-    return v;
-}
-static __device__ __forceinline__ bool mail_is_there(const ulonglong2 &v, uint32_t tag)
-{
-    return (uint32_t)(v.x >> 32) == tag && (uint32_t)(v.y >> 32) == tag;
-}
-
-static __device__ __forceinline__ float low_half(uint64_t word)
-{
-    return __uint_as_float((uint32_t)word << 16);
-}
-static __device__ __forceinline__ float high_half(uint64_t word)
-{
-    return __uint_as_float((uint32_t)word & 0xffff0000u);
-}
-
-/* The sums over `count` blocks of 8 ranks' parts, times `scale`, to shared memory, by one warp: two lanes a block. */
-static __device__ __forceinline__ void mail_sum_ranks(const uint64_t *from, int count, uint32_t tag,
-                                                      float scale, float *to)
-{
-    enum { AT_ONCE = STEP_ONE_BLOCKS / (WARP / 2) };
-    const int lane = threadIdx.x % WARP;
-    ulonglong2 v[AT_ONCE];
-    int polls = 0;
-    for (bool there = false; !there; polls++) {
-        there = true;
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            const int i = lane + u * WARP;
-            v[u].x = v[u].y = (uint64_t)tag << 32;
-            if (i < 2 * count)
-                v[u] = mail_read_two(from + 2 * i);
-        }
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++)
-            there = there && mail_is_there(v[u], tag);
-        if (polls > PATIENCE)
-            __trap();
-    }
-    float sum[4] = {};
-#pragma unroll
-    for (int u = 0; u < AT_ONCE; u++) {
-        sum[0] += low_half(v[u].x);
-        sum[1] += high_half(v[u].x);
-        sum[2] += low_half(v[u].y);
-        sum[3] += high_half(v[u].y);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int step = 2; step < WARP; step *= 2)
-            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-    }
-    if (lane < 2)
-        *reinterpret_cast<float4 *>(to + 4 * lane) =
-            make_float4(scale * sum[0], scale * sum[1], scale * sum[2], scale * sum[3]);
-}
-
-/* ---- the block ---- */
-
-struct block {
-    struct share in, out; /* tiles of in_proj and out_proj */
-    int x;                /* tile of x_proj, behind which come those of its adapter's A; or -1 */
-    __device__ __forceinline__ int scan_warps() const
-    {
-        return (in.count * CHANNELS * LANES + WARP - 1) / WARP;
-    }
-    /* The block's number among those that have outputs of out_proj: the last ones, if not all. */
-    template <int OUTPUTS> __device__ __forceinline__ int sender() const
-    {
-        return (int)blockIdx.x - max((int)gridDim.x - OUTPUTS / TILE, 0);
-    }
-};
-
-template <int KB, int STAGES>
-static __device__ __forceinline__ struct block block_of(const struct step_one &p)
-{
-    using S = shape<KB, STAGES>;
-    const int b = (int)blockIdx.x, n = (int)gridDim.x, x_tiles = x_tiles_of(p) + p.u_tiles[STEP_X];
-    const int x =
-        STAGES > 1 ? b : b - (n - x_tiles); /* where rows are short, blocks with fewer of in_proj's */
-    return {share_first(S::INNER / CHANNELS, b, n), share_last(S::D / TILE, b, n), x < x_tiles ? x : -1};
-}
-
-/* Where the ring goes on. */
-struct ring_at {
-    int offset;        /* of the slot */
-    uint32_t barriers; /* of the slot, from the first's */
-    unsigned parity;
-    template <int SLOT> __device__ __forceinline__ void next(int slots)
-    {
-        offset += SLOT;
-        barriers += 8;
-        if (barriers == 8 * (uint32_t)slots) {
-            offset = 0;
-            barriers = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-/* ---- weights ---- */
-
-static __device__ __forceinline__ void copy_row(void *to, const void *from, unsigned bytes, uint32_t barrier,
-                                                uint64_t policy)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-                 " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-                 : "memory");
-}
-
-template <int KB, int STAGES> struct copier {
-    using S = shape<KB, STAGES>;
-    const struct step_one &p;
-    uint32_t full, empty;
-    struct ring_at at;
-    uint64_t once, keep; /* policies of the second-level cache */
-
-    /* A tile whose row of this lane begins at `row`, `stages` of it, `rows` rows. */
-    __device__ __forceinline__ void tile(const void *row, int rows, int stages, uint64_t policy)
-    {
-        const int lane = threadIdx.x % WARP;
-        const unsigned char *from = static_cast<const unsigned char *>(row);
-#pragma unroll 1
-        for (int s = 0; s < stages; s++, from += S::BYTES) {
-            barrier_wait_at(empty + at.barriers, at.parity ^ 1);
-            if (lane == 0)
-                asm volatile(
-                    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + at.barriers),
-                    "r"(rows * S::BYTES)
-                    : "memory");
-            __syncwarp();
-            if (lane < rows)
-                copy_row(shared_at(at.offset + lane * S::STRIDE), from, S::BYTES, full + at.barriers, policy);
-            at.next<S::SLOT>(p.ring);
-        }
-    }
-
-    /* A tile of x_proj: of the weights, or of its adapter's A. */
-    __device__ __forceinline__ void x_tile(int layer, int t)
-    {
-        const int lane = threadIdx.x % WARP, tiles = x_tiles_of(p), first = (t - tiles) * TILE;
-        if (t < tiles) {
-            const step_type *w = static_cast<const step_type *>(p.layer[layer].x_proj);
-            tile(w + (int64_t)(t * TILE + lane) * S::INNER, TILE, 2 * STAGES, once);
-        } else {
-            const float *a = p.lora[layer * STEP_ADAPTERS].a[STEP_X];
-            tile(a + (int64_t)(first + lane) * S::INNER, min((int)TILE, p.lora_rank - first), 4 * STAGES, keep);
-        }
-    }
-
-    __device__ __forceinline__ void run()
-    {
-        const struct block own = block_of<KB, STAGES>(p);
-        const int lane = threadIdx.x % WARP;
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
-        auto row_of = [&](const void *weight, int row, int k) {
-            return static_cast<const step_type *>(weight) + (int64_t)(row + lane) * k;
-        };
-#pragma unroll 1
-        for (int layer = 0; layer < p.layers; layer++) {
-            const struct mamba_step_layer &l = p.layer[layer];
-#pragma unroll 1
-            for (int t = 0; t < own.in.count; t++)
-                tile(row_of(l.in_proj,
-                            (own.in.begin + t) * CHANNELS + (lane < CHANNELS ? 0 : S::INNER - CHANNELS),
-                            S::D),
-                     TILE, STAGES, once);
-            if (own.x >= 0)
-                x_tile(layer, own.x);
-#pragma unroll 1
-            for (int t = 0; t < own.out.count; t++)
-                tile(row_of(l.out_proj, (own.out.begin + t) * TILE, S::INNER), TILE, 2 * STAGES, once);
-        }
-        const struct share head = share_first((p.vocab + TILE - 1) / TILE, (int)blockIdx.x, (int)gridDim.x);
-#pragma unroll 1
-        for (int t = head.begin; t < head.begin + head.count; t++)
-            tile(row_of(p.head, t * TILE, S::D), min((int)TILE, p.vocab - t * TILE), STAGES, once);
-    }
-};
-
-/* ---- small parameters ahead of their use ---- */
-
-/* An array that the block needs a part of, in every layer: where its address is, and what of it. */
-struct small {
-    const char *address; /* of the first layer's; NULL: of the states, which lie at p.states */
-    int step;            /* from layer to layer */
-    int64_t first;       /* byte */
-    int rows, bytes, stride;
-};
-
-template <int KB, int STAGES> struct toucher {
-    using S = shape<KB, STAGES>;
-    const struct step_one &p;
-    const struct block own;
-    const int lane;
-
-    __device__ __forceinline__ struct small of_layer(size_t member, int64_t first, int64_t count, int size,
-                                                     int rows = 1) const
-    {
-        return {reinterpret_cast<const char *>(p.layer) + member, (int)sizeof(struct mamba_step_layer), first * size,
-                rows, (int)count * size, S::INNER * (int)sizeof(float)};
-    }
-    __device__ __forceinline__ struct small of_lora(size_t member, int target, int64_t first, int64_t count) const
-    {
-        const int f = (int)sizeof(float);
-        return {reinterpret_cast<const char *>(p.lora) + member + target * sizeof(float *),
-                STEP_ADAPTERS * (int)sizeof(struct step_lora), first * f, p.lora_rank > 0 ? 1 : 0,
-                (int)count * f, 0};
-    }
-
-    /* A lane's. */
-    __device__ __forceinline__ struct small item() const
-    {
-        const int64_t c0 = own.in.begin * CHANNELS, channels = own.in.count * CHANNELS;
-        const int64_t o0 = own.out.begin * TILE, outputs = own.out.count * TILE, r = p.lora_rank;
-        const int f = (int)sizeof(float), row = S::INNER * f;
-        const size_t a = offsetof(struct step_lora, a), b = offsetof(struct step_lora, b);
-        switch (lane) {
-        case 0:
-            return {NULL, (STEP_CONV - 1 + STEP_STATE) * row, c0 * f, STEP_CONV - 1 + STEP_STATE, (int)channels * f,
-                    row};
-        case 1:
-            return of_layer(offsetof(struct mamba_step_layer, conv), c0, channels, STEP_CONV * f);
-        case 2:
-            return of_layer(offsetof(struct mamba_step_layer, conv_bias), c0, channels, f);
-        case 3:
-            return of_layer(offsetof(struct mamba_step_layer, in_bias), c0, channels, f);
-        case 4:
-            return of_layer(offsetof(struct mamba_step_layer, in_bias), S::INNER + c0, channels, f);
-        case 5:
-            return of_layer(offsetof(struct mamba_step_layer, a), c0, channels, f, STEP_STATE);
-        case 6:
-            return of_layer(offsetof(struct mamba_step_layer, dt_proj), c0, channels,
-                            p.rank * (int)sizeof(step_type));
-        case 7:
-            return of_layer(offsetof(struct mamba_step_layer, dt_bias), c0, channels, f);
-        case 8:
-            return of_layer(offsetof(struct mamba_step_layer, d), c0, channels, f);
-        case 9:
-            return of_layer(offsetof(struct mamba_step_layer, norm), o0, outputs, f);
-        case 10:
-            return of_layer(offsetof(struct mamba_step_layer, out_bias), o0, outputs, f);
-        case 11:
-            return of_lora(b, STEP_IN, c0 * r, channels * r);
-        case 12:
-            return of_lora(b, STEP_IN, (S::INNER + c0) * r, channels * r);
-        case 13:
-            return of_lora(b, STEP_X, 0, (p.rank + 2 * STEP_STATE) * r);
-        case 14:
-            return of_lora(a, STEP_DT, 0, r * p.rank);
-        case 15:
-            return of_lora(b, STEP_DT, c0 * r, channels * r);
-        case 16:
-            return of_lora(b, STEP_OUT, o0 * r, outputs * r);
-        default:
-            return {};
-        }
-    }
-
-    __device__ __forceinline__ void run() const
-    {
-        enum { ITEMS = 17, SECTOR = 32 };
-        __shared__ uint32_t nowhere[WARP];
-        const struct small mine = item();
-#pragma unroll 1
-        for (int layer = 0; layer < p.layers; layer++) {
-            while (*(volatile int *)&layers_begun < layer)
-                __nanosleep(64);
-            const int64_t step = (int64_t)layer * mine.step;
-            const char *array = mine.address == NULL
-                                    ? reinterpret_cast<const char *>(p.states) + step
-                                    : (mine.rows > 0 ? *reinterpret_cast<const char *const *>(mine.address + step)
-                                                     : NULL);
-            const char *begin = array != NULL ? array + mine.first : NULL;
-#pragma unroll 1
-            for (int i = 0; i < ITEMS; i++) {
-                const char *from = reinterpret_cast<const char *>(
-                    __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(begin), i));
-                const int rows = from != NULL ? __shfl_sync(0xffffffffu, mine.rows, i) : 0,
-                          bytes = __shfl_sync(0xffffffffu, mine.bytes, i),
-                          stride = __shfl_sync(0xffffffffu, mine.stride, i), sectors = bytes / SECTOR + 2;
-                /* Copies to nowhere: unlike loads they leave no register to wait for. */
-#pragma unroll 1
-                for (int row = 0, at = lane; row < rows; at += WARP) {
-                    for (; at >= sectors; at -= sectors)
-                        row++;
-                    const char *first = from + (int64_t)row * stride;
-                    const char *sector = first - (uintptr_t)first % SECTOR + at * SECTOR;
-                    if (row < rows && sector < first + bytes)
-                        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                                         shared_address(&nowhere[lane])),
-                                     "l"(sector)
-                                     : "memory");
-                }
-            }
-        }
-    }
-};
 
 /* ---- pieces of the math ---- */
 
@@ -567,12 +48,6 @@ static __device__ __forceinline__ void multiply_16(float (&c)[4], uint32_t a0, u
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-static __device__ __forceinline__ uint32_t round_pair(float low, float high)
-{
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t *>(&pair);
 }
 
 /* The product of 8 weights with what they meet. */
@@ -617,647 +92,546 @@ template <int CHUNKS> struct channel_scan {
 
 /* ---- the math warps ---- */
 
-template <int KB, int STAGES, enum adapted ADAPTED> struct math {
-    using S = shape<KB, STAGES>;
-    static constexpr bool EIGHT = ADAPTED == RANK_8;
-    enum {
+template <int KB, int STAGES, enum adapted ADAPTED>
+struct math {
+    using S = shape<KB, STAGES>; static constexpr bool EIGHT = ADAPTED == RANK_8; enum {
         CHUNKS =
             (S::D / 16 + 31) / 32 /* of 8 elements of dt_low, LANES lanes; the published rank is d / 16 */
     };
-    const struct step_one &p;
-    struct ring_at at;
-    uint32_t full, empty; /* the ring's barriers */
-    const struct block own;
-    const int warp, lane;
+    const struct step_one & p; struct ring_at at; uint32_t full, empty; /* the ring's barriers */
+    const struct block own; const int warp, lane;
     float own_r; /* the residual of output `lane` of the block, in warp 0 */
 
     /* The next `count` tiles of PER_TILE stages in the ring: 32 columns of weights, of an adapter's A 16, for each of KB
      * blocks of each stage. */
-    template <bool ADAPTER, int PER_TILE> __device__ __forceinline__ void multiply(int count)
-    {
+    template <bool ADAPTER, int PER_TILE> __device__ __forceinline__ void multiply(int count){
         enum {
             BLOCK = ADAPTER ? 32 : 64,                      /* bytes of x */
             SIDE = PER_TILE < GROUP ? GROUP / PER_TILE : 1, /* tiles side by side */
             DEEP = PER_TILE < GROUP ? PER_TILE : GROUP,     /* stages of each */
         };
         const int g = lane / 4, q = lane % 4;
-        const unsigned char *w = shared_at(g * S::STRIDE + warp * KB * 64 + q * 16),
-                            *x = shared_at(p.room.x + warp * KB * BLOCK +
-                                           (ADAPTER ? q / 2 * 16 + q % 2 * 4 : q * 16));
-        float *sums = floats_at(p.room.sums) + warp * SUMS * TILE + 2 * q;
+        const unsigned char * w = shared_at(g * S::STRIDE + warp * KB * 64 + q * 16),
+        *x = shared_at(p.room.x + warp * KB * BLOCK + (ADAPTER ? q / 2 * 16 + q % 2 * 4 : q * 16));
+        float * sums = floats_at(p.room.sums) + warp * SUMS * TILE + 2 * q;
 #pragma unroll 1
-        for (int t = 0; t < count; t += SIDE) {
+        for (int t = 0; t < count; t += SIDE){
             float acc[SIDE][DEEP][2][4] = {};
 #pragma unroll 1
-            for (int s = 0; s < PER_TILE; s += DEEP) {
-                uint4 weight[SIDE][DEEP][KB];
-                const struct ring_at first = at;
+            for (int s = 0; s < PER_TILE; s += DEEP){
+                uint4 weight[SIDE][DEEP][KB]; const struct ring_at first = at;
 #pragma unroll
                 for (int j = 0; j < SIDE; j++)
 #pragma unroll
-                    for (int e = 0; e < DEEP; e++)
-                        if (t + j < count) {
-                            barrier_wait_at(full + at.barriers, at.parity);
+                    for (int e = 0; e < DEEP;
+                         e++) if (t + j < count){barrier_wait_at(full + at.barriers, at.parity);
 #pragma unroll
-                            for (int b = 0; b < KB; b++)
-                                weight[j][e][b] = *reinterpret_cast<const uint4 *>(w + at.offset + b * 64);
-                            at.template next<S::SLOT>(p.ring);
-                        }
+                                                 for (int b = 0; b < KB; b++) weight[j][e][b] =
+                                                     *reinterpret_cast<const uint4 *>(w + at.offset + b * 64);
+                                                 at.template next<S::SLOT>(p.ring);}
 #pragma unroll
-                for (int e = 0; e < DEEP; e++)
+for (int e = 0; e < DEEP; e++)
 #pragma unroll
-                    for (int b = 0; b < KB; b++) {
-                        const unsigned char *from = x + ((s + e) * MATH_WARPS * KB + b) * BLOCK;
-                        uint4 v = make_uint4(0, 0, 0, 0);
-                        if (g == 0 && ADAPTER) {
-                            v.x = *reinterpret_cast<const uint32_t *>(from);
-                            v.y = *reinterpret_cast<const uint32_t *>(from + 8);
-                        } else if (g == 0) {
-                            v = *reinterpret_cast<const uint4 *>(from);
-                        }
-#pragma unroll
-                        for (int j = 0; j < SIDE; j++) {
-                            const uint4 &a = weight[j][e][b];
-                            if (ADAPTER) {
-                                multiply_16(acc[j][e][0], v.x, 0, v.y, 0,
-                                            round_pair(__uint_as_float(a.x), __uint_as_float(a.y)),
-                                            round_pair(__uint_as_float(a.z), __uint_as_float(a.w)));
-                            } else {
-                                multiply_16(acc[j][e][0], v.x, v.y, v.z, v.w, a.x, a.y);
-                                multiply_16(acc[j][e][1], v.x, v.y, v.z, v.w, a.z, a.w);
-                            }
-                        }
-                    }
-                __syncwarp();
-                if (lane == 0) {
-                    struct ring_at done = first;
-#pragma unroll
-                    for (int j = 0; j < SIDE * DEEP; j++)
-                        if (t + j / DEEP < count) {
-                            barrier_arrive_at(empty + done.barriers);
-                            done.template next<S::SLOT>(p.ring);
-                        }
-                }
-            }
-            if (g == 0)
-#pragma unroll
-                for (int j = 0; j < SIDE; j++)
-                    if (t + j < count) {
-                        float low = 0.0f, high = 0.0f;
-#pragma unroll
-                        for (int e = 0; e < DEEP; e++) {
-                            low += acc[j][e][0][0] + acc[j][e][1][2];
-                            high += acc[j][e][0][1] + acc[j][e][1][3];
-                        }
-                        *reinterpret_cast<float2 *>(sums + (t + j) * TILE) = make_float2(low, high);
-                    }
-        }
-    }
-
-    __device__ __forceinline__ bool has(int target) const
-    {
-        return ADAPTED != PLAIN && p.u_tiles[target] > 0;
-    }
-    __device__ __forceinline__ const struct step_lora &lora(int layer) const
-    {
-        return p.lora[layer * STEP_ADAPTERS];
-    }
-
-    /* Of 8 ranks, where the adapter is on that matrix. */
-    __device__ __forceinline__ int tiles_of(int target) const
-    {
-        return EIGHT ? 1 : p.u_tiles[target];
-    }
-    __device__ __forceinline__ int lora_rank() const
-    {
-        return EIGHT ? (int)TILE : p.lora_rank;
-    }
-    __device__ __forceinline__ struct ranks load_ranks(const float *from, int64_t step, int first) const
-    {
-        struct ranks out;
-#pragma unroll
-        for (int e = 0; e < TILE; e++)
-            out.v[e] = EIGHT || first + e < p.lora_rank ? from[(first + e) * step] : 0.0f;
-        return out;
-    }
-    /* The same of a row of B, whose beginning is aligned to 16 bytes where there are 8 ranks. */
-    __device__ __forceinline__ struct ranks load_row(const float *b, int64_t row, int first) const
-    {
-        if (!EIGHT)
-            return load_ranks(b + row * p.lora_rank, 1, first);
-        struct ranks out;
-        *reinterpret_cast<float4 *>(&out.v[0]) = *reinterpret_cast<const float4 *>(b + row * TILE);
-        *reinterpret_cast<float4 *>(&out.v[4]) = *reinterpret_cast<const float4 *>(b + row * TILE + 4);
-        return out;
-    }
-
-    /* Of one output, counted from the tile's first. */
-    __device__ __forceinline__ float total(int tile, int output) const
-    {
-        const float *from = floats_at(p.room.sums) + tile * TILE + output;
-        float v[MATH_WARPS];
-#pragma unroll
-        for (int w = 0; w < MATH_WARPS; w++)
-            v[w] = from[w * SUMS * TILE];
-        return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-    }
-
-    __device__ __forceinline__ float *u_of(int use) const
-    {
-        return floats_at(p.room.u) + use * RANKS;
-    }
-
-    /* u B^T for one output, of whose row the first ranks are in `b`. */
-    __device__ __forceinline__ float low_rank(int layer, int target, int use, int64_t output,
-                                              const struct ranks &b) const
-    {
-        float sum = dot_row(b, u_of(use));
-#pragma unroll 1
-        for (int first = TILE; first < lora_rank(); first += TILE)
-            sum += dot_row(load_row(lora(layer).b[target], output, first), u_of(use) + first);
-        return sum;
-    }
-
-    __device__ __forceinline__ float *state_of(int layer, int state, int channel) const
-    {
-        return p.states + ((int64_t)layer * (STEP_CONV - 1 + STEP_STATE) + state) * S::INNER + channel;
-    }
-
-    /* ---- a layer ---- */
-
-    /* h of the first layer, of which every block computes all: there is nothing to wait for. */
-    __device__ __forceinline__ void embed()
-    {
-        __shared__ float squares[MATH_WARPS];
-        __shared__ __align__(16) float r[S::D];
-        const struct step_lora *lora = p.lora_rank > 0 ? &p.lora[(int64_t)p.layers * STEP_ADAPTERS] : NULL;
-        if (lora != NULL && lora->a[STEP_IN] == NULL)
-            lora = NULL;
-        float sum = 0.0f;
-#pragma unroll 1
-        for (int i = (int)threadIdx.x; i < S::D; i += MATH_THREADS) {
-            float v = to_float(static_cast<const step_type *>(p.embedding)[(int64_t)p.id * S::D + i]);
-            if (lora != NULL) {
-                float low = 0.0f;
-#pragma unroll 1
-                for (int j = 0; j < p.lora_rank; j++)
-                    low = fmaf(lora->b[STEP_IN][(int64_t)i * p.lora_rank + j],
-                               lora->a[STEP_IN][(int64_t)j * p.vocab + p.id], low);
-                v = fmaf(p.lora_scale, low, v);
-            }
-            sum = fmaf(v, v, sum);
-            r[i] = v;
-            reinterpret_cast<step_type *>(shared_at(p.room.x))[word_at(i / 2) * 2 + i % 2] =
-                from_float<step_type>(v * p.layer[0].norm[i]);
-        }
-        sum = warp_sum(sum);
-        if (lane == 0)
-            squares[warp] = sum;
-        math_sync();
-        if (threadIdx.x == 0) {
-            float all = 0.0f;
-            for (int w = 0; w < MATH_WARPS; w++)
-                all += squares[w];
-            row_scale = rsqrtf(all / (float)S::D + p.eps);
-        }
-        if (has(STEP_IN))
-#pragma unroll 1
-            for (int j = warp; j < p.u_tiles[STEP_IN] * TILE; j += MATH_WARPS) {
-                float u = 0.0f;
-                if (j < p.lora_rank)
-#pragma unroll
-                    for (int i = lane * 4; i < S::D; i += WARP * 4) {
-                        const float4 a = *reinterpret_cast<const float4 *>(this->lora(0).a[STEP_IN] + j * S::D + i),
-                                     w = *reinterpret_cast<const float4 *>(p.layer[0].norm + i),
-                                     v = *reinterpret_cast<const float4 *>(r + i);
-                        u += a.x * w.x * v.x + a.y * w.y * v.y + a.z * w.z * v.z + a.w * w.w * v.w;
-                    }
-                u = warp_sum(u);
-                if (lane == 0)
-                    u_of(USE_IN)[j] = p.lora_scale * u;
-            }
-        if (lane < own.out.count * TILE)
-            own_r = r[own.out.begin * TILE + lane];
-        math_sync();
-    }
-
-    __device__ __forceinline__ void receive_h(uint32_t tag)
-    {
-        mail_gather<(S::D / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.h, S::D / 2, shared_at(p.room.x), tag);
-        math_sync();
-    }
-
-    /* Threads of the first half have x of a channel, of the second z. */
-    __device__ __forceinline__ struct channel_in load_in(int layer) const
-    {
-        const struct mamba_step_layer &l = p.layer[layer];
-        const bool is_z = threadIdx.x >= MATH_THREADS / 2;
-        const int i = (int)threadIdx.x % (MATH_THREADS / 2);
-        struct channel_in in = {};
-        if (i < own.in.count * CHANNELS) {
-            const int channel = own.in.begin * CHANNELS + i;
-            if (!is_z) {
-                const float *state = state_of(layer, 0, channel);
-#pragma unroll
-                for (int k = 0; k < STEP_CONV - 1; k++)
-                    in.before[k] = state[k * S::INNER];
-                in.weight = *reinterpret_cast<const float4 *>(l.conv + channel * STEP_CONV);
-                in.bias = l.conv_bias != NULL ? l.conv_bias[channel] : 0.0f;
-            }
-            const int output = (is_z ? S::INNER : 0) + channel;
-            if (l.in_bias != NULL)
-                in.bias_in = l.in_bias[output];
-            if (has(STEP_IN))
-                in.b = load_row(lora(layer).b[STEP_IN], output, 0);
-        }
-        return in;
-    }
-
-    /* x | z of the block's channels, and xc. */
-    __device__ __forceinline__ void in_proj(int layer, uint32_t tag, const struct channel_in &in)
-    {
-        const int i = (int)threadIdx.x % (MATH_THREADS / 2), channel = own.in.begin * CHANNELS + i;
-        const bool is_z = threadIdx.x >= MATH_THREADS / 2, live = i < own.in.count * CHANNELS;
-        multiply<false, STAGES>(own.in.count);
-        numbered_wait(BARRIER_IN, MATH_THREADS + WARP);
-        if (i / WARP * WARP >= own.in.count * CHANNELS)
-            return;
-        float v = 0.0f;
-        if (live) {
-            v = total(i / CHANNELS, (is_z ? CHANNELS : 0) + i % CHANNELS);
-            if (has(STEP_IN))
-                v += low_rank(layer, STEP_IN, USE_IN, (is_z ? S::INNER : 0) + channel, in.b);
-            v = fmaf(v, row_scale, in.bias_in);
-        }
-        if (is_z) {
-            if (live)
-                floats_at(p.room.own_z)[i] = v;
-            return;
-        }
-        const float4 w = in.weight;
-        const float y = silu(
-            fmaf(w.w, v, fmaf(w.z, in.before[2], fmaf(w.y, in.before[1], fmaf(w.x, in.before[0], in.bias)))));
-        const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, 1));
-        if (live && i % 2 == 0)
-            mail_send(p.xc + word_at(channel / 2), pair, tag);
-        if (live) {
-            float *state = state_of(layer, 0, channel);
-            floats_at(p.room.own_x)[i] = to_float(from_float<step_type>(y));
-            state[0] = in.before[1];
-            state[S::INNER] = in.before[2];
-            state[2 * S::INNER] = v;
-        }
-    }
-
-    __device__ __forceinline__ void x_proj(uint32_t tag)
-    {
-        const int tiles = x_tiles_of(p), out = own.x * TILE + (int)threadIdx.x;
-        mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.xc, S::INNER / 2, shared_at(p.room.x),
-                                                                      tag);
-        math_sync();
-        if (ADAPTED != PLAIN && own.x >= tiles)
-            multiply<true, 4 * STAGES>(1);
-        else
-            multiply<false, 2 * STAGES>(1);
-        math_sync();
-        if (threadIdx.x < TILE) {
-            const bool live = ADAPTED != ANY_RANK || out < tiles * TILE + p.lora_rank;
-            mail_send(p.x_dbl + out, live ? __float_as_uint(total(0, (int)threadIdx.x)) : 0, tag);
-        }
-    }
-
-    /* Four lanes a channel, of 4 states each; they share dt's row of weights as well. */
-    __device__ __forceinline__ struct channel_scan<CHUNKS> load_scan(int layer) const {
-        const struct mamba_step_layer &l = p.layer[layer];
-        const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
-        struct channel_scan<CHUNKS> in = {
-        };
-        if (i < own.in.count * CHANNELS) {
-            const float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel),
-                        *rate = l.a + part * LANE_STATES * S::INNER + channel;
-            const step_type *weight = static_cast<const step_type *>(l.dt_proj) + channel * p.rank;
-#pragma unroll
-            for (int s = 0; s < LANE_STATES; s++) {
-                in.h[s] = state[s * S::INNER];
-                in.rate[s] = rate[s * S::INNER];
-            }
-            in.bias = l.dt_bias[channel];
-            in.skip = l.d[channel];
-#pragma unroll
-            for (int j = 0; j < CHUNKS; j++)
-                if ((part + j * LANES) * 8 < p.rank)
-                    in.weight[j] = *reinterpret_cast<const uint4 *>(weight + (part + j * LANES) * 8);
-#pragma unroll
-            for (int e = 0; e < LANE_RANKS; e++) {
-                const int j = part * LANE_RANKS + e;
-                in.dt_b[e] = has(STEP_DT) ? dt_b_of(layer, channel, j) : 0.0f;
-            }
-        }
-        if (has(STEP_X) && (int)threadIdx.x < p.rank + 2 * STEP_STATE)
-            in.x_b = load_row(lora(layer).b[STEP_X], threadIdx.x, 0);
-        if (has(STEP_DT))
-            load_dt_a(layer, 0, in.dt_a);
-        return in;
-    }
-
-    __device__ __forceinline__ float dt_b_of(int layer, int channel, int j) const
-    {
-        return EIGHT || j < p.lora_rank ? lora(layer).b[STEP_DT][channel * lora_rank() + j] : 0.0f;
-    }
-    __device__ __forceinline__ void load_dt_a(int layer, int first, float4 (&a)[2 * CHUNKS]) const
-    {
-        const int j = first + lane / LANES;
-        const float *row = lora(layer).a[STEP_DT] + j * p.rank;
-#pragma unroll
-        for (int i = 0; i < 2 * CHUNKS; i++) {
-            const int k = (lane % LANES + i * LANES) * 4;
-            a[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if ((EIGHT || j < p.lora_rank) && k < p.rank)
-                a[i] = *reinterpret_cast<const float4 *>(row + k);
-        }
-    }
-
-    /* What x_proj's adapter adds to x_dbl: a thread an output. */
-    __device__ __forceinline__ void adapt_x_dbl(int layer, const struct ranks &b)
-    {
-        const int width = p.rank + 2 * STEP_STATE, i = (int)threadIdx.x;
-        float *x_dbl = floats_at(p.room.x_dbl);
-        if (i < width) {
-            float sum = dot_row(b, x_dbl + width);
-#pragma unroll 1
-            for (int first = TILE; first < lora_rank(); first += TILE)
-                sum += dot_row(load_row(lora(layer).b[STEP_X], i, first), x_dbl + width + first);
-            x_dbl[i] = fmaf(p.lora_scale, sum, x_dbl[i]);
-        }
-        math_sync();
-    }
-
-    /* This lane's ranks' part of what dt_proj's adapter adds to dt: every warp makes dt_low A^T for itself. */
-    __device__ __forceinline__ float adapt_dt(int layer, int channel, const float *low,
-                                              const struct channel_scan<CHUNKS> &in) const
-    {
-        const int part = lane % LANES;
-        float4 a[2 * CHUNKS];
-#pragma unroll
-        for (int i = 0; i < 2 * CHUNKS; i++)
-            a[i] = in.dt_a[i];
-        float dt = 0.0f;
-#pragma unroll 1
-        for (int first = 0; first < tiles_of(STEP_DT) * TILE; first += TILE) {
-            if (first > 0)
-                load_dt_a(layer, first, a);
-            float u = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 2 * CHUNKS; i++) {
-                const int k = (part + i * LANES) * 4;
-                if (k < p.rank) {
-                    const float4 v = *reinterpret_cast<const float4 *>(low + k);
-                    u += a[i].x * v.x + a[i].y * v.y + a[i].z * v.z + a[i].w * v.w;
-                }
-            }
-            u += __shfl_xor_sync(0xffffffffu, u, 1);
-            u += __shfl_xor_sync(0xffffffffu, u, 2);
-#pragma unroll
-            for (int e = 0; e < LANE_RANKS; e++) {
-                const int j = part * LANE_RANKS + e;
-                const float one = __shfl_sync(0xffffffffu, u, j * LANES);
-                dt = fmaf(first == 0 ? in.dt_b[e] : dt_b_of(layer, channel, first + j), one, dt);
-            }
-        }
-        return p.lora_scale * dt;
-    }
-
-    /* dt, the state's step and y of the block's channels. */
-    __device__ __forceinline__ void scan(int layer, uint32_t tag)
-    {
-        const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
-        const bool live = i < own.in.count * CHANNELS;
-        struct channel_scan<CHUNKS> in = load_scan(layer);
-        mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE + (has(STEP_X) ? tiles_of(STEP_X) * TILE : 0),
-                       shared_at(p.room.x_dbl), tag);
-        math_sync();
-        if (has(STEP_X))
-            adapt_x_dbl(layer, in.x_b);
-        if ((int)threadIdx.x / WARP * WARP >= own.in.count * CHANNELS * LANES)
-            return;
-        const float *low = floats_at(p.room.x_dbl);
-        const float4 b = *reinterpret_cast<const float4 *>(low + p.rank + part * LANE_STATES),
-                     c = *reinterpret_cast<const float4 *>(low + p.rank + STEP_STATE + part * LANE_STATES);
-        const float xc = floats_at(p.room.own_x)[live ? i : 0], z = floats_at(p.room.own_z)[live ? i : 0];
-        float dt = 0.0f;
-#pragma unroll
-        for (int j = 0; j < CHUNKS; j++)
-            if ((part + j * LANES) * 8 < p.rank)
-                dt += dot_8(in.weight[j], low + (part + j * LANES) * 8);
-        if (has(STEP_DT))
-            dt += adapt_dt(layer, live ? channel : 0, low, in);
-        dt += __shfl_xor_sync(0xffffffffu, dt, 1);
-        dt += __shfl_xor_sync(0xffffffffu, dt, 2);
-        dt = softplus(dt + in.bias);
-        float y = 0.0f;
-#pragma unroll
-        for (int s = 0; s < LANE_STATES; s++) {
-            in.h[s] = fmaf(exp2_fast(dt * LOG2_E * in.rate[s]), in.h[s],
-                           dt * reinterpret_cast<const float *>(&b)[s] * xc);
-            y = fmaf(reinterpret_cast<const float *>(&c)[s], in.h[s], y);
-        }
-        y += __shfl_xor_sync(0xffffffffu, y, 1);
-        y += __shfl_xor_sync(0xffffffffu, y, 2);
-        y = fmaf(in.skip, xc, y) * silu(z);
-        const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, LANES));
-        if (live && lane % (2 * LANES) == 0)
-            mail_send(p.y + word_at(channel / 2), pair, tag);
-        if (has(STEP_OUT)) {
-            if (live && part == 0)
-                floats_at(p.room.own_y)[i] = y;
-            numbered_arrive(BARRIER_Y, (own.scan_warps() + 1 + (own.out.count > 0)) * WARP);
-        }
-        if (live) {
-            float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel);
-#pragma unroll
-            for (int s = 0; s < LANE_STATES; s++)
-                state[s * S::INNER] = in.h[s];
-        }
-    }
-
-    /* r of the block's outputs, and h of the layer behind, by the first warp. */
-    __device__ __forceinline__ void out_proj(int layer, uint32_t tag)
-    {
-        const struct mamba_step_layer &l = p.layer[layer];
-        const int outputs = own.out.count * TILE, out = own.out.begin * TILE + lane;
-        const bool live = lane < outputs;
-        const float norm = live ? (layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f)[out] : 0.0f;
-        const float bias = live && l.out_bias != NULL ? l.out_bias[out] : 0.0f;
-        struct ranks b = {};
-        if (has(STEP_OUT) && warp == 0 && live)
-            b = load_row(lora(layer).b[STEP_OUT], out, 0);
-        mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.y, S::INNER / 2, shared_at(p.room.x),
-                                                                      tag);
-        math_sync();
-        multiply<false, 2 * STAGES>(own.out.count);
-        if (has(STEP_OUT))
-            numbered_wait(BARRIER_OUT, MATH_THREADS + WARP);
-        else
-            math_sync();
-        if (warp > 0)
-            return;
-        if (live) {
-            own_r += total(0, lane) + bias;
-            if (has(STEP_OUT))
-                own_r += low_rank(layer, STEP_OUT, USE_OUT, out, b);
-        }
-        const float h = own_r * norm;
-        const uint32_t pair = round_pair(h, __shfl_down_sync(0xffffffffu, h, 1));
-        if (live && lane % 2 == 0)
-            mail_send(p.h + word_at(out / 2), pair, tag + 1);
-        if (has(STEP_IN) && layer + 1 < p.layers) {
-            if (live)
-                floats_at(p.room.own_h)[lane] = h;
-            numbered_arrive(BARRIER_H, 2 * WARP);
-        }
-        const float squares = warp_sum(live ? own_r * own_r : 0.0f);
-        if (lane == 0)
-            mail_send(p.squares + own.template sender<S::D>(), __float_as_uint(squares), tag + 1);
-    }
-
-    __device__ __forceinline__ void head()
-    {
-        const struct share share = share_first((p.vocab + TILE - 1) / TILE, (int)blockIdx.x, (int)gridDim.x);
-        const int out = own.out.begin * TILE + lane;
-        numbered_wait(BARRIER_IN, MATH_THREADS + WARP);
-        if (warp == 0 && lane < own.out.count * TILE)
-            p.hidden[out] = from_float<step_type>(own_r * row_scale * p.norm_f[out]);
-#pragma unroll 1
-        for (int first = 0; first < share.count; first += HEAD_TILES) {
-            const int count = min((int)HEAD_TILES, share.count - first),
-                      token = (share.begin + first) * TILE + (int)threadIdx.x;
-            multiply<false, STAGES>(count);
-            math_sync();
-            if ((int)threadIdx.x < count * TILE && token < p.vocab)
-                p.logits[token] = total(0, (int)threadIdx.x) * row_scale;
-            math_sync();
-        }
-    }
-
-    __device__ __forceinline__ void run()
-    {
-#pragma unroll 1
-        for (int layer = 0;; layer++) {
-            const uint32_t tag = p.tag + (uint32_t)layer;
-            const struct channel_in in = load_in(min(layer, p.layers - 1));
-            if (threadIdx.x == 0)
-                *(volatile int *)&layers_begun = layer + 1;
-            if (layer == 0)
-                embed();
-            else
-                receive_h(tag);
-            if (layer == p.layers)
-                break;
-            in_proj(layer, tag, in);
-            if (own.x >= 0)
-                x_proj(tag);
-            scan(layer, tag);
-            if (own.out.count > 0)
-                out_proj(layer, tag);
-        }
-        head();
-    }
-};
-
-/* ---- the summing warp ---- */
-
-/* What A, whose rows of `stride` begin with the block's columns, makes of the block's 4 `quads` values of x: a lane every 4th
- * value for one of 8 ranks. */
-static __device__ __forceinline__ void send_ranks(const float *a, int stride, int quads, int ranks, const float *x,
-                                               int barrier, int threads, uint64_t *to, uint32_t tag)
+    for (int b = 0; b < KB; b++)
 {
-    enum { MOST = MATH_THREADS / (CHANNELS * LANES) };
-    const int lane = threadIdx.x % WARP, rank = lane / 4;
-    float factor[MOST];
-    auto load = [&](int first) {
+    const unsigned char *from = x + ((s + e) * MATH_WARPS * KB + b) * BLOCK;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (g == 0 && ADAPTER) {
+        v.x = *reinterpret_cast<const uint32_t *>(from);
+        v.y = *reinterpret_cast<const uint32_t *>(from + 8);
+    } else if (g == 0) {
+        v = *reinterpret_cast<const uint4 *>(from);
+    }
 #pragma unroll
-        for (int i = 0; i < MOST; i++)
-            factor[i] = i < quads && first + rank < ranks
-                            ? a[(int64_t)(first + rank) * stride + 4 * i + lane % 4]
-                            : 0.0f;
-    };
-    load(0);
-    numbered_wait(barrier, threads);
+    for (int j = 0; j < SIDE; j++) {
+        const uint4 &a = weight[j][e][b];
+        if (ADAPTER) {
+            multiply_16(acc[j][e][0], v.x, 0, v.y, 0, round_pair(__uint_as_float(a.x), __uint_as_float(a.y)),
+                        round_pair(__uint_as_float(a.z), __uint_as_float(a.w)));
+        } else {
+            multiply_16(acc[j][e][0], v.x, v.y, v.z, v.w, a.x, a.y);
+            multiply_16(acc[j][e][1], v.x, v.y, v.z, v.w, a.z, a.w);
+        }
+    }
+}
+__syncwarp();
+if (lane == 0) {
+    struct ring_at done = first;
+#pragma unroll
+    for (int j = 0; j < SIDE * DEEP; j++)
+        if (t + j / DEEP < count) {
+            barrier_arrive_at(empty + done.barriers);
+            done.template next<S::SLOT>(p.ring);
+        }
+}
+}
+if (g == 0)
+#pragma unroll
+    for (int j = 0; j < SIDE; j++)
+        if (t + j < count) {
+            float low = 0.0f, high = 0.0f;
+#pragma unroll
+            for (int e = 0; e < DEEP; e++) {
+                low += acc[j][e][0][0] + acc[j][e][1][2];
+                high += acc[j][e][0][1] + acc[j][e][1][3];
+            }
+            *reinterpret_cast<float2 *>(sums + (t + j) * TILE) = make_float2(low, high);
+        }
+}
+}
+
+__device__ __forceinline__ bool has(int target) const
+{
+    return ADAPTED != PLAIN && p.u_tiles[target] > 0;
+}
+__device__ __forceinline__ const struct step_lora &lora(int layer) const
+{
+    return p.lora[layer * STEP_ADAPTERS];
+}
+
+/* Of 8 ranks, where the adapter is on that matrix. */
+__device__ __forceinline__ int tiles_of(int target) const
+{
+    return EIGHT ? 1 : p.u_tiles[target];
+}
+__device__ __forceinline__ int lora_rank() const
+{
+    return EIGHT ? (int)TILE : p.lora_rank;
+}
+__device__ __forceinline__ struct ranks load_ranks(const float *from, int64_t step, int first) const
+{
+    struct ranks out;
+#pragma unroll
+    for (int e = 0; e < TILE; e++)
+        out.v[e] = EIGHT || first + e < p.lora_rank ? from[(first + e) * step] : 0.0f;
+    return out;
+}
+/* The same of a row of B, whose beginning is aligned to 16 bytes where there are 8 ranks. */
+__device__ __forceinline__ struct ranks load_row(const float *b, int64_t row, int first) const
+{
+    if (!EIGHT)
+        return load_ranks(b + row * p.lora_rank, 1, first);
+    struct ranks out;
+    *reinterpret_cast<float4 *>(&out.v[0]) = *reinterpret_cast<const float4 *>(b + row * TILE);
+    *reinterpret_cast<float4 *>(&out.v[4]) = *reinterpret_cast<const float4 *>(b + row * TILE + 4);
+    return out;
+}
+
+/* Of one output, counted from the tile's first. */
+__device__ __forceinline__ float total(int tile, int output) const
+{
+    const float *from = floats_at(p.room.sums) + tile * TILE + output;
+    float v[MATH_WARPS];
+#pragma unroll
+    for (int w = 0; w < MATH_WARPS; w++)
+        v[w] = from[w * SUMS * TILE];
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+__device__ __forceinline__ float *u_of(int use) const
+{
+    return floats_at(p.room.u) + use * RANKS;
+}
+
+/* u B^T for one output, of whose row the first ranks are in `b`. */
+__device__ __forceinline__ float low_rank(int layer, int target, int use, int64_t output,
+                                          const struct ranks &b) const
+{
+    float sum = dot_row(b, u_of(use));
 #pragma unroll 1
-    for (int first = 0;; to += U_WORDS) {
-        float sum = 0.0f;
+    for (int first = TILE; first < lora_rank(); first += TILE)
+        sum += dot_row(load_row(lora(layer).b[target], output, first), u_of(use) + first);
+    return sum;
+}
+
+__device__ __forceinline__ float *state_of(int layer, int state, int channel) const
+{
+    return p.states + ((int64_t)layer * (STEP_CONV - 1 + STEP_STATE) + state) * S::INNER + channel;
+}
+
+/* ---- a layer ---- */
+
+/* h of the first layer, of which every block computes all: there is nothing to wait for. */
+__device__ __forceinline__ void embed()
+{
+    __shared__ float squares[MATH_WARPS];
+    __shared__ __align__(16) float r[S::D];
+    const struct step_lora *lora = p.lora_rank > 0 ? &p.lora[(int64_t)p.layers * STEP_ADAPTERS] : NULL;
+    if (lora != NULL && lora->a[STEP_IN] == NULL)
+        lora = NULL;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < S::D; i += MATH_THREADS) {
+        float v = to_float(static_cast<const step_type *>(p.embedding)[(int64_t)p.id * S::D + i]);
+        if (lora != NULL) {
+            float low = 0.0f;
+#pragma unroll 1
+            for (int j = 0; j < p.lora_rank; j++)
+                low = fmaf(lora->b[STEP_IN][(int64_t)i * p.lora_rank + j],
+                           lora->a[STEP_IN][(int64_t)j * p.vocab + p.id], low);
+            v = fmaf(p.lora_scale, low, v);
+        }
+        sum = fmaf(v, v, sum);
+        r[i] = v;
+        reinterpret_cast<step_type *>(shared_at(p.room.x))[word_at(i / 2) * 2 + i % 2] =
+            from_float<step_type>(v * p.layer[0].norm[i]);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0)
+        squares[warp] = sum;
+    math_sync();
+    if (threadIdx.x == 0) {
+        float all = 0.0f;
+        for (int w = 0; w < MATH_WARPS; w++)
+            all += squares[w];
+        row_scale = rsqrtf(all / (float)S::D + p.eps);
+    }
+    if (has(STEP_IN))
+#pragma unroll 1
+        for (int j = warp; j < p.u_tiles[STEP_IN] * TILE; j += MATH_WARPS) {
+            float u = 0.0f;
+            if (j < p.lora_rank)
 #pragma unroll
-        for (int i = 0; i < MOST; i++)
-            if (i < quads)
-                sum = fmaf(factor[i], x[4 * i + lane % 4], sum);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const uint32_t pair = round_pair(sum, __shfl_down_sync(0xffffffffu, sum, 4));
-        if (lane % 8 == 0)
-            mail_send(to + lane / 8, pair, tag);
-        first += TILE;
-        if (first >= ranks)
-            break;
-        load(first);
+                for (int i = lane * 4; i < S::D; i += WARP * 4) {
+                    const float4 a = *reinterpret_cast<const float4 *>(this->lora(0).a[STEP_IN] + j * S::D +
+                                                                       i),
+                                 w = *reinterpret_cast<const float4 *>(p.layer[0].norm + i),
+                                 v = *reinterpret_cast<const float4 *>(r + i);
+                    u += a.x * w.x * v.x + a.y * w.y * v.y + a.z * w.z * v.z + a.w * w.w * v.w;
+                }
+            u = warp_sum(u);
+            if (lane == 0)
+                u_of(USE_IN)[j] = p.lora_scale * u;
+        }
+    if (lane < own.out.count * TILE)
+        own_r = r[own.out.begin * TILE + lane];
+    math_sync();
+}
+
+__device__ __forceinline__ void receive_h(uint32_t tag)
+{
+    mail_gather<(S::D / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.h, S::D / 2, shared_at(p.room.x), tag);
+    math_sync();
+}
+
+/* Threads of the first half have x of a channel, of the second z. */
+__device__ __forceinline__ struct channel_in load_in(int layer) const
+{
+    const struct mamba_step_layer &l = p.layer[layer];
+    const bool is_z = threadIdx.x >= MATH_THREADS / 2;
+    const int i = (int)threadIdx.x % (MATH_THREADS / 2);
+    struct channel_in in = {};
+    if (i < own.in.count * CHANNELS) {
+        const int channel = own.in.begin * CHANNELS + i;
+        if (!is_z) {
+            const float *state = state_of(layer, 0, channel);
+#pragma unroll
+            for (int k = 0; k < STEP_CONV - 1; k++)
+                in.before[k] = state[k * S::INNER];
+            in.weight = *reinterpret_cast<const float4 *>(l.conv + channel * STEP_CONV);
+            in.bias = l.conv_bias != NULL ? l.conv_bias[channel] : 0.0f;
+        }
+        const int output = (is_z ? S::INNER : 0) + channel;
+        if (l.in_bias != NULL)
+            in.bias_in = l.in_bias[output];
+        if (has(STEP_IN))
+            in.b = load_row(lora(layer).b[STEP_IN], output, 0);
+    }
+    return in;
+}
+
+/* x | z of the block's channels, and xc. */
+__device__ __forceinline__ void in_proj(int layer, uint32_t tag, const struct channel_in &in)
+{
+    const int i = (int)threadIdx.x % (MATH_THREADS / 2), channel = own.in.begin * CHANNELS + i;
+    const bool is_z = threadIdx.x >= MATH_THREADS / 2, live = i < own.in.count * CHANNELS;
+    multiply<false, STAGES>(own.in.count);
+    numbered_wait(BARRIER_IN, MATH_THREADS + (has(STEP_IN) ? 2 : 1) * WARP);
+    if (i / WARP * WARP >= own.in.count * CHANNELS)
+        return;
+    float v = 0.0f;
+    if (live) {
+        v = total(i / CHANNELS, (is_z ? CHANNELS : 0) + i % CHANNELS);
+        if (has(STEP_IN))
+            v += low_rank(layer, STEP_IN, USE_IN, (is_z ? S::INNER : 0) + channel, in.b);
+        v = fmaf(v, row_scale, in.bias_in);
+    }
+    if (is_z) {
+        if (live)
+            floats_at(p.room.own_z)[i] = v;
+        return;
+    }
+    const float4 w = in.weight;
+    const float y = silu(
+        fmaf(w.w, v, fmaf(w.z, in.before[2], fmaf(w.y, in.before[1], fmaf(w.x, in.before[0], in.bias)))));
+    const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, 1));
+    if (live && i % 2 == 0)
+        mail_send(p.xc + word_at(channel / 2), pair, tag);
+    if (live) {
+        float *state = state_of(layer, 0, channel);
+        floats_at(p.room.own_x)[i] = to_float(from_float<step_type>(y));
+        state[0] = in.before[1];
+        state[S::INNER] = in.before[2];
+        state[2 * S::INNER] = v;
     }
 }
 
-/* What the blocks make parts of: 1/rms, and the adapter's x A^T. */
-template <int KB, int STAGES, bool ADAPTED> struct summer {
-    using S = shape<KB, STAGES>;
-    const struct step_one &p;
-    const struct block own;
-    const int lane;
+__device__ __forceinline__ void x_proj(uint32_t tag)
+{
+    const int tiles = x_tiles_of(p), out = own.x * TILE + (int)threadIdx.x;
+    mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.xc, S::INNER / 2, shared_at(p.room.x),
+                                                                  tag);
+    math_sync();
+    if (ADAPTED != PLAIN && own.x >= tiles)
+        multiply<true, 4 * STAGES>(1);
+    else
+        multiply<false, 2 * STAGES>(1);
+    math_sync();
+    if (threadIdx.x < TILE) {
+        const bool live = ADAPTED != ANY_RANK || out < tiles * TILE + p.lora_rank;
+        mail_send(p.x_dbl + out, live ? __float_as_uint(total(0, (int)threadIdx.x)) : 0, tag);
+    }
+}
 
-    /* Two turns a layer: before the results of in_proj and of out_proj. */
-    __device__ __forceinline__ void run() const
-    {
-        const int senders = min((int)gridDim.x, S::D / TILE);
+/* Four lanes a channel, of 4 states each; they share dt's row of weights as well. */
+__device__ __forceinline__ struct channel_scan<CHUNKS> load_scan(int layer) const {
+    const struct mamba_step_layer &l = p.layer[layer];
+    const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
+    struct channel_scan<CHUNKS> in = {
+    };
+    if (i < own.in.count * CHANNELS) {
+        const float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel),
+                    *rate = l.a + part * LANE_STATES * S::INNER + channel;
+        const step_type *weight = static_cast<const step_type *>(l.dt_proj) + channel * p.rank;
+#pragma unroll
+        for (int s = 0; s < LANE_STATES; s++) {
+            in.h[s] = state[s * S::INNER];
+            in.rate[s] = rate[s * S::INNER];
+        }
+        in.bias = l.dt_bias[channel];
+        in.skip = l.d[channel];
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++)
+            if ((part + j * LANES) * 8 < p.rank)
+                in.weight[j] = *reinterpret_cast<const uint4 *>(weight + (part + j * LANES) * 8);
+#pragma unroll
+        for (int e = 0; e < LANE_RANKS; e++) {
+            const int j = part * LANE_RANKS + e;
+            in.dt_b[e] = has(STEP_DT) ? dt_b_of(layer, channel, j) : 0.0f;
+        }
+    }
+    if (has(STEP_X) && (int)threadIdx.x < p.rank + 2 * STEP_STATE)
+        in.x_b = load_row(lora(layer).b[STEP_X], threadIdx.x, 0);
+    if (has(STEP_DT))
+        load_dt_a(layer, 0, in.dt_a);
+    return in;
+}
+
+__device__ __forceinline__ float
+dt_b_of(int layer, int channel, int j) const
+{
+    return EIGHT || j < p.lora_rank ? lora(layer).b[STEP_DT][channel * lora_rank() + j] : 0.0f;
+}
+__device__ __forceinline__ void load_dt_a(int layer, int first, float4 (&a)[2 * CHUNKS]) const
+{
+    const int j = first + lane / LANES;
+    const float *row = lora(layer).a[STEP_DT] + j * p.rank;
+#pragma unroll
+    for (int i = 0; i < 2 * CHUNKS; i++) {
+        const int k = (lane % LANES + i * LANES) * 4;
+        a[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if ((EIGHT || j < p.lora_rank) && k < p.rank)
+            a[i] = *reinterpret_cast<const float4 *>(row + k);
+    }
+}
+
+/* What x_proj's adapter adds to x_dbl: a thread an output. */
+__device__ __forceinline__ void adapt_x_dbl(int layer, const struct ranks &b)
+{
+    const int width = p.rank + 2 * STEP_STATE, i = (int)threadIdx.x;
+    float *x_dbl = floats_at(p.room.x_dbl);
+    if (i < width) {
+        float sum = dot_row(b, x_dbl + width);
 #pragma unroll 1
-        for (int turn = 0; turn <= 2 * p.layers; turn++) {
-            const int layer = turn / 2;
-            const bool out = turn % 2 != 0;
-            const uint32_t tag = p.tag + (uint32_t)layer;
-            const bool adapted = ADAPTED && layer < p.layers && p.u_tiles[out ? STEP_OUT : STEP_IN] > 0 &&
-                                 (!out || own.out.count > 0);
-            if (out && adapted) /* nothing is there before the block itself has come so far */
-                numbered_wait(BARRIER_Y, (own.scan_warps() + 2) * WARP);
-            if (!out && layer > 0) { /* the first one's every block has made */
-                const float sum = mail_sum(p.squares, senders, tag);
-                if (lane == 0)
-                    row_scale = rsqrtf(fmaf(sum, 1.0f / (float)S::D, p.eps));
+        for (int first = TILE; first < lora_rank(); first += TILE)
+            sum += dot_row(load_row(lora(layer).b[STEP_X], i, first), x_dbl + width + first);
+        x_dbl[i] = fmaf(p.lora_scale, sum, x_dbl[i]);
+    }
+    math_sync();
+}
+
+/* This lane's ranks' part of what dt_proj's adapter adds to dt: every warp makes dt_low A^T for itself. */
+__device__ __forceinline__ float adapt_dt(int layer, int channel, const float *low,
+                                          const struct channel_scan<CHUNKS> &in) const
+{
+    const int part = lane % LANES;
+    float4 a[2 * CHUNKS];
+#pragma unroll
+    for (int i = 0; i < 2 * CHUNKS; i++)
+        a[i] = in.dt_a[i];
+    float dt = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < tiles_of(STEP_DT) * TILE; first += TILE) {
+        if (first > 0)
+            load_dt_a(layer, first, a);
+        float u = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2 * CHUNKS; i++) {
+            const int k = (part + i * LANES) * 4;
+            if (k < p.rank) {
+                const float4 v = *reinterpret_cast<const float4 *>(low + k);
+                u += a[i].x * v.x + a[i].y * v.y + a[i].z * v.z + a[i].w * v.w;
             }
-            if (adapted && turn > 0)
-#pragma unroll 1
-                for (int t = 0; t * TILE < p.lora_rank; t++)
-                    mail_sum_ranks((out ? p.u_out : p.u_in) + t * U_WORDS, out ? (int)gridDim.x : senders, tag,
-                                   p.lora_scale,
-                                   floats_at(p.room.u) + (out ? USE_OUT : USE_IN) * RANKS + t * TILE);
-            if (!out || adapted)
-                numbered_arrive(out ? BARRIER_OUT : BARRIER_IN, MATH_THREADS + WARP);
+        }
+        u += __shfl_xor_sync(0xffffffffu, u, 1);
+        u += __shfl_xor_sync(0xffffffffu, u, 2);
+#pragma unroll
+        for (int e = 0; e < LANE_RANKS; e++) {
+            const int j = part * LANE_RANKS + e;
+            const float one = __shfl_sync(0xffffffffu, u, j * LANES);
+            dt = fmaf(first == 0 ? in.dt_b[e] : dt_b_of(layer, channel, first + j), one, dt);
         }
     }
+    return p.lora_scale * dt;
+}
 
-    /* The warp that makes this block's parts: of y for out_proj, then of h for the next in_proj. */
-    __device__ __forceinline__ void run_sender() const
-    {
-        const int y_warps = own.scan_warps() + 1 + (own.out.count > 0);
-#pragma unroll 1
-        for (int turn = 0; turn < 2 * p.layers - 1; turn++) {
-            const bool h = turn % 2 != 0;
-            const uint32_t tag = p.tag + (uint32_t)((turn + 1) / 2);
-            const struct step_lora *lora = p.lora + (turn + 1) / 2 * STEP_ADAPTERS;
-            if (p.u_tiles[h ? STEP_IN : STEP_OUT] == 0 || (h && own.out.count == 0))
-                continue;
-            send_ranks(h ? lora->a[STEP_IN] + own.out.begin * TILE : lora->a[STEP_OUT] + own.in.begin * CHANNELS,
-                       h ? (int)S::D : (int)S::INNER, h ? own.out.count * (TILE / 4) : own.in.count, p.lora_rank,
-                       floats_at(h ? p.room.own_h : p.room.own_y), h ? (int)BARRIER_H : (int)BARRIER_Y,
-                       (h ? 2 : y_warps) * WARP,
-                       h ? p.u_in + own.template sender<S::D>() * (TILE / 2) : p.u_out + blockIdx.x * (TILE / 2),
-                       tag);
-        }
+/* dt, the state's step and y of the block's channels. */
+__device__ __forceinline__ void scan(int layer, uint32_t tag)
+{
+    const int i = (int)threadIdx.x / LANES, part = lane % LANES, channel = own.in.begin * CHANNELS + i;
+    const bool live = i < own.in.count * CHANNELS;
+    struct channel_scan<CHUNKS> in = load_scan(layer);
+    mail_gather<1>(p.x_dbl, p.rank + 2 * STEP_STATE + (has(STEP_X) ? tiles_of(STEP_X) * TILE : 0),
+                   shared_at(p.room.x_dbl), tag);
+    math_sync();
+    if (has(STEP_X))
+        adapt_x_dbl(layer, in.x_b);
+    if ((int)threadIdx.x / WARP * WARP >= own.in.count * CHANNELS * LANES)
+        return;
+    const float *low = floats_at(p.room.x_dbl);
+    const float4 b = *reinterpret_cast<const float4 *>(low + p.rank + part * LANE_STATES),
+                 c = *reinterpret_cast<const float4 *>(low + p.rank + STEP_STATE + part * LANE_STATES);
+    const float xc = floats_at(p.room.own_x)[live ? i : 0], z = floats_at(p.room.own_z)[live ? i : 0];
+    float dt = 0.0f;
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+        if ((part + j * LANES) * 8 < p.rank)
+            dt += dot_8(in.weight[j], low + (part + j * LANES) * 8);
+    if (has(STEP_DT))
+        dt += adapt_dt(layer, live ? channel : 0, low, in);
+    dt += __shfl_xor_sync(0xffffffffu, dt, 1);
+    dt += __shfl_xor_sync(0xffffffffu, dt, 2);
+    dt = softplus(dt + in.bias);
+    float y = 0.0f;
+#pragma unroll
+    for (int s = 0; s < LANE_STATES; s++) {
+        in.h[s] = fmaf(exp2_fast(dt * LOG2_E * in.rate[s]), in.h[s],
+                       dt * reinterpret_cast<const float *>(&b)[s] * xc);
+        y = fmaf(reinterpret_cast<const float *>(&c)[s], in.h[s], y);
     }
-};
+    y += __shfl_xor_sync(0xffffffffu, y, 1);
+    y += __shfl_xor_sync(0xffffffffu, y, 2);
+    y = fmaf(in.skip, xc, y) * silu(z);
+    const uint32_t pair = round_pair(y, __shfl_down_sync(0xffffffffu, y, LANES));
+    if (live && lane % (2 * LANES) == 0)
+        mail_send(p.y + word_at(channel / 2), pair, tag);
+    if (has(STEP_OUT)) {
+        if (live && part == 0)
+            floats_at(p.room.own_y)[i] = y;
+        numbered_arrive(BARRIER_Y, (own.scan_warps() + 1 + (own.out.count > 0)) * WARP);
+    }
+    if (live) {
+        float *state = state_of(layer, STEP_CONV - 1 + part * LANE_STATES, channel);
+#pragma unroll
+        for (int s = 0; s < LANE_STATES; s++)
+            state[s * S::INNER] = in.h[s];
+    }
+}
+
+/* r of the block's outputs, and h of the layer behind, by the first warp. */
+__device__ __forceinline__ void out_proj(int layer, uint32_t tag)
+{
+    const struct mamba_step_layer &l = p.layer[layer];
+    const int outputs = own.out.count * TILE, out = own.out.begin * TILE + lane;
+    const bool live = lane < outputs;
+    const float norm = live ? (layer + 1 < p.layers ? p.layer[layer + 1].norm : p.norm_f)[out] : 0.0f;
+    const float bias = live && l.out_bias != NULL ? l.out_bias[out] : 0.0f;
+    struct ranks b = {};
+    if (has(STEP_OUT) && warp == 0 && live)
+        b = load_row(lora(layer).b[STEP_OUT], out, 0);
+    mail_gather<(S::INNER / 4 + MATH_THREADS - 1) / MATH_THREADS>(p.y, S::INNER / 2, shared_at(p.room.x),
+                                                                  tag);
+    math_sync();
+    multiply<false, 2 * STAGES>(own.out.count);
+    if (has(STEP_OUT))
+        numbered_wait(BARRIER_OUT, MATH_THREADS + WARP);
+    else
+        math_sync();
+    if (warp > 0)
+        return;
+    if (live) {
+        own_r += total(0, lane) + bias;
+        if (has(STEP_OUT))
+            own_r += low_rank(layer, STEP_OUT, USE_OUT, out, b);
+    }
+    const float h = own_r * norm;
+    const uint32_t pair = round_pair(h, __shfl_down_sync(0xffffffffu, h, 1));
+    if (live && lane % 2 == 0)
+        mail_send(p.h + word_at(out / 2), pair, tag + 1);
+    if (has(STEP_IN) && layer + 1 < p.layers) {
+        if (live)
+            floats_at(p.room.own_h)[lane] = h;
+        numbered_arrive(BARRIER_H, 2 * WARP);
+    }
+    const float squares = warp_sum(live ? own_r * own_r : 0.0f);
+    if (lane == 0)
+        mail_send(p.squares + own.template sender<S::D>(), __float_as_uint(squares), tag + 1);
+}
+
+__device__ __forceinline__ void head()
+{
+    const struct share share = share_first((p.vocab + TILE - 1) / TILE, (int)blockIdx.x, (int)gridDim.x);
+    const int out = own.out.begin * TILE + lane;
+    numbered_wait(BARRIER_IN, MATH_THREADS + WARP);
+    if (warp == 0 && lane < own.out.count * TILE)
+        p.hidden[out] = from_float<step_type>(own_r * row_scale * p.norm_f[out]);
+#pragma unroll 1
+    for (int first = 0; first < share.count; first += HEAD_TILES) {
+        const int count = min((int)HEAD_TILES, share.count - first),
+                  token = (share.begin + first) * TILE + (int)threadIdx.x;
+        multiply<false, STAGES>(count);
+        math_sync();
+        if ((int)threadIdx.x < count * TILE && token < p.vocab)
+            p.logits[token] = total(0, (int)threadIdx.x) * row_scale;
+        math_sync();
+    }
+}
+
+__device__ __forceinline__ void run()
+{
+#pragma unroll 1
+    for (int layer = 0;; layer++) {
+        const uint32_t tag = p.tag + (uint32_t)layer;
+        const struct channel_in in = load_in(min(layer, p.layers - 1));
+        if (threadIdx.x == 0)
+            *(volatile int *)&layers_begun = layer + 1;
+        if (layer == 0)
+            embed();
+        else
+            receive_h(tag);
+        if (layer == p.layers)
+            break;
+        in_proj(layer, tag, in);
+        if (own.x >= 0)
+            x_proj(tag);
+        scan(layer, tag);
+        if (own.out.count > 0)
+            out_proj(layer, tag);
+    }
+    head();
+}
+}
+;
 
 #endif
 
@@ -1290,14 +664,18 @@ static __global__ void __launch_bounds__(THREADS, 1) one_kernel(const __grid_con
             };
             copier.run();
         } else if (warp == TOUCH_WARP) {
-            const struct toucher<KB, STAGES> toucher = {p, block_of<KB, STAGES>(p), lane};
+            const struct toucher<KB, STAGES> toucher = {
+                p, block_of<KB, STAGES>(p), lane
+            };
             toucher.run();
-        } else if (warp == SUM_WARP) {
-            const struct summer<KB, STAGES, ADAPTED != PLAIN> summer = {p, block_of<KB, STAGES>(p), lane};
-            summer.run();
-        } else if (ADAPTED != PLAIN && warp == SEND_WARP) {
-            const struct summer<KB, STAGES, true> summer = {p, block_of<KB, STAGES>(p), lane};
-            summer.run_sender();
+        } else {
+            const struct summer<KB, STAGES, ADAPTED != PLAIN> summer = {
+                p, block_of<KB, STAGES>(p), lane
+            };
+            if (warp == SEND_WARP)
+                summer.run_sender();
+            else if (ADAPTED != PLAIN)
+                summer.run();
         }
     }
 #endif

@@ -37,7 +37,8 @@ static struct buffers lay_out(const struct mamba_step_args *a, void *workspace)
     b.u_in = (float *)carve(base, at, d_parts * factors);
     b.u_x = (float *)carve(base, at, c_parts * factors);
     b.u_out = (float *)carve(base, at, step_wide_scan_parts(a->d_inner) * factors);
-    b.factors = (step_type *)carve(base, at, step_wide_factors(a->d_model, a->d_inner, a->n_layers, STEP_IN) * t);
+    b.factors =
+        (step_type *)carve(base, at, step_wide_factors(a->d_model, a->d_inner, a->n_layers, STEP_IN) * t);
     return b;
 }
 

@@ -36,9 +36,9 @@ struct step_wide_linear {
     int own,
         owner_scale; /* rows that each block of a cluster finishes; row * owner_scale >> 16 is whose a row is */
     int parts, u_parts, factors; /* where in shared memory these begin */
-    bool first;         /* of the chain: the header is not there before the wait */
+    bool first;                  /* of the chain: the header is not there before the wait */
     float eps;
-    const float *bias; /* [m] or NULL */
+    const float *bias;                        /* [m] or NULL */
     const struct step_lora *lora, *next_lora; /* STEP_SHARED: no next_lora */
     struct step_parts squares, u, next_squares, next_u;
     /* IN */
@@ -115,9 +115,12 @@ int step_wide_scan_parts(int64_t inner);
 
 /* Where among the factors a layer's A of in_proj, x_proj or out_proj begins; as many elements as all take for target
  * STEP_IN of the layer behind the last. Rows beyond the rank are zeros. */
-static __host__ __device__ inline int64_t step_wide_factors(int64_t d, int64_t inner, int64_t layer, int target)
+static __host__ __device__ inline int64_t step_wide_factors(int64_t d, int64_t inner, int64_t layer,
+                                                            int target)
 {
-    return STEP_WIDE_SHARED * (layer * (d + 2 * inner) + (target == STEP_IN ? 0 : target == STEP_X ? d : d + inner));
+    return STEP_WIDE_SHARED * (layer * (d + 2 * inner) + (target == STEP_IN  ? 0
+                                                          : target == STEP_X ? d
+                                                                             : d + inner));
 }
 
 #endif

@@ -156,7 +156,7 @@ template <bool LARGE, int ROWS, bool RESIDENT = false, bool SHARES = false> stru
         A = SHARES ? BOX_A : 0,
         STAGE = WEIGHTS + (RESIDENT ? 0 : X) + A, /* weights, then rows, then A */
         STRIDE = M + PAD,
-        SUMS = ROWS * STRIDE,             /* floats of a warpgroup over k */
+        SUMS = ROWS * STRIDE, /* floats of a warpgroup over k */
         U_SUMS = SHARES ? ROWS * SHARED : 0,
         /* What the product for u reads behind the last rows. */
         BEYOND = SHARES ? BOX - X : 0,
@@ -225,8 +225,8 @@ static __device__ __forceinline__ void fill(const struct step_wide_linear &p, co
             tile_load(RESIDENT ? ring.x + k * L::X : ring.tiles + stage * L::STAGE + L::WEIGHTS, &p.x,
                       (share.k_begin + k) * TILE_K, blockIdx.y * rows, &ring.full[stage]);
         if (L::A > 0) /* which the chain writes, too */
-            tile_load(ring.tiles + stage * L::STAGE + L::WEIGHTS + L::X, &p.a, (share.k_begin + k) * TILE_K, 0,
-                      &ring.full[stage]);
+            tile_load(ring.tiles + stage * L::STAGE + L::WEIGHTS + L::X, &p.a, (share.k_begin + k) * TILE_K,
+                      0, &ring.full[stage]);
     };
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.x) : "memory");
 #pragma unroll 1
@@ -458,7 +458,7 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
     const struct ring ring = {memory + (1024 - shared_address(memory) % 1024) % 1024, NULL, full, empty,
                               p.stages};
     float *sums =
-        reinterpret_cast<float *>(ring.tiles); /* [OVER_K][ROWS][STRIDE], when the ring has been read */
+        reinterpret_cast<float *>(ring.tiles);  /* [OVER_K][ROWS][STRIDE], when the ring has been read */
     float *u_sums = sums + L::OVER_K * L::SUMS; /* [OVER_K][ROWS][SHARED] */
     float *parts =
         reinterpret_cast<float *>(ring.tiles + p.parts); /* [splits-1][own][STRIDE], of the others */
@@ -600,16 +600,18 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
                                  return sum;
     };
     auto u_of = [&](int row, int at) { /* of this block, 4 ranks */
-        struct quad sum = load_quad(u_sums + row * SHARED + at);
-        if (L::OVER_K == 2) {
-            struct quad other = load_quad(u_sums + L::U_SUMS + row * SHARED + at);
+                                       struct quad sum = load_quad(u_sums + row * SHARED + at);
+                                       if (L::OVER_K == 2) {
+                                           struct quad other =
+                                               load_quad(u_sums + L::U_SUMS + row * SHARED + at);
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                sum.v[e] += other.v[e];
-        }
-        return sum;
+                                           for (int e = 0; e < 4; e++)
+                                               sum.v[e] += other.v[e];
+                                       }
+                                       return sum;
     };
-    const int u_row = (int)threadIdx.x / 2, u_at = (int)threadIdx.x % 2 * 4; /* of ranks, what a thread moves */
+    const int u_row = (int)threadIdx.x / 2,
+              u_at = (int)threadIdx.x % 2 * 4; /* of ranks, what a thread moves */
     if (splits > 1) {
         if (SHARES && u_row < room && u_row * p.owner_scale >> 16 != split) {
             const int owner = u_row * p.owner_scale >> 16, slot = split < owner ? split : split - 1;
@@ -632,8 +634,9 @@ static __global__ void __launch_bounds__(CONSUMERS + WARP, 2)
             struct quad u = {};
             for (int s = 0; s < splits; s++) {
                 const struct quad part =
-                    s == split ? u_of(own_first + u_row, u_at)
-                               : load_quad(u_parts + ((s < split ? s : s - 1) * p.own + u_row) * SHARED + u_at);
+                    s == split
+                        ? u_of(own_first + u_row, u_at)
+                        : load_quad(u_parts + ((s < split ? s : s - 1) * p.own + u_row) * SHARED + u_at);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     u.v[e] += part.v[e];
@@ -837,10 +840,7 @@ struct cut {
 };
 
 /* Weights that may be read once for every few rows: they stay in the second-level cache meanwhile. */
-#ifndef SMALLB
-#define SMALLB 20
-#endif
-enum { SMALL_BYTES = SMALLB << 20 };
+enum { SMALL_BYTES = 20 << 20 };
 
 static struct cut cut_of(enum step_mode mode, int64_t m, int64_t k, int rows)
 {
@@ -864,9 +864,6 @@ int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows
 /* The blocks of a cluster. Small weights: as many as fill the device best. Large ones: the fewest that give every
  * multiprocessor one, since the rows are read again for each tile and few clusters fit beside each other. But each block
  * has something to multiply. */
-#ifndef FILL
-#define FILL 95
-#endif
 static int choose_splits(const struct kernel_device *device, bool large, int blocks, int64_t k)
 {
     const int slots = device->multiprocessors;
@@ -876,7 +873,7 @@ static int choose_splits(const struct kernel_device *device, bool large, int blo
         const int all = blocks * splits;
         if (large) {
             best = splits;
-            if (all * 100 >= slots * FILL)
+            if (all * 100 >= slots * 115)
                 break;
             continue;
         }

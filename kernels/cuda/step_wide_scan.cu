@@ -271,8 +271,8 @@ static __device__ __forceinline__ void copy_one(float *to, const float *from)
 }
 
 /* The weights of the block's channels with what the shared adapter adds to them. A: [rank][k], B: [rank][CHANNELS]. */
-static __device__ __forceinline__ void merge(step_type *weights, int stride, int k, const float *a, const float *b,
-                                             int rank, float scale)
+static __device__ __forceinline__ void merge(step_type *weights, int stride, int k, const float *a,
+                                             const float *b, int rank, float scale)
 {
     const int pieces = k / 8;
 #pragma unroll 1
@@ -356,10 +356,9 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
     /* Of one adapter: A [rank][dt_rank] and B [channels][rank] of dt_proj, A [rank][channels] of out_proj. */
     float *dt_b = reinterpret_cast<float *>(weights + CHANNELS * weight_stride),
           *out_a = dt_b + STEP_AHEAD * CHANNELS, *dt_a = out_a + STEP_AHEAD * CHANNELS;
-    const int main =
-        ADAPTED != STEP_PLAIN && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD
-            ? p.header->main
-            : -1;
+    const int main = ADAPTED != STEP_PLAIN && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD
+                         ? p.header->main
+                         : -1;
     struct adapter_use main_use = {};
     if (ADAPTED != STEP_PLAIN) {
         if (MIXED)
@@ -504,7 +503,8 @@ int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_
 template <int STAGES, enum step_adapted ADAPTED>
 static int launch(struct kernel_device *device, const struct step_wide_scan *p, int splits)
 {
-    const size_t factors = ADAPTED != STEP_PLAIN ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
+    const size_t factors =
+        ADAPTED != STEP_PLAIN ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
     const size_t weights =
         STEP_STATE * CHANNELS * sizeof(float) + CHANNELS * ((size_t)p->rank + W_PAD) * sizeof(step_type);
     const size_t shared = STAGES * stage_bytes(p->width) + weights + factors;
