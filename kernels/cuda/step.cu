@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PLANS = 8, FEW_ROWS = 8, BUCKETS = 6 /* of 8, 16, 32, 64, 128, 256 rows */, ALIGNMENT = 256 };
+enum { PLANS = 8, BUCKETS = 6 /* of 8, 16, 32, 64, 128, 256 rows */, ALIGNMENT = 256 };
 
 struct graph_slot {
     cudaGraphExec_t exec;
@@ -122,7 +122,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     in.squares = squares;
     in.lora = in.next_lora = lora;
     in.u = u_in;
-    in.next_u = {b->u[U_X], step_linear_tiles(STEP_MODE_IN, c, chain->rows)};
+    in.next_u = {b->u[U_X], step_linear_tiles(STEP_MODE_IN, c)};
     in.inner = c;
     in.conv = l->conv;
     in.conv_bias = l->conv_bias;
@@ -130,7 +130,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     in.slot_stride = a->slot_stride;
     in.xc = b->xc;
     in.z = b->z;
-    int status = step_launch_linear(chain->device, STEP_MODE_IN, &in, chain->rows);
+    int status = step_launch_linear(chain->device, STEP_MODE_IN, &in);
 
     struct step_linear x = {};
     x.header = b->header;
@@ -142,7 +142,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     x.u = in.next_u;
     x.y = b->x_dbl;
     if (status == KERNEL_OK)
-        status = step_launch_linear(chain->device, STEP_MODE_X, &x, chain->rows);
+        status = step_launch_linear(chain->device, STEP_MODE_X, &x);
 
     struct step_scan scan = {};
     scan.header = b->header;
@@ -162,7 +162,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     scan.lora = lora;
     scan.next_u = {b->u[U_OUT], c / STEP_SCAN_CHANNELS};
     if (status == KERNEL_OK)
-        status = step_launch_scan(chain->device, &scan, chain->rows);
+        status = step_launch_scan(chain->device, &scan);
 
     bool last = layer + 1 == a->n_layers;
     struct step_linear out = {};
@@ -181,7 +181,7 @@ static int emit_layer(const struct chain *chain, int64_t layer, struct step_part
     out.h = b->h;
     out.next_squares = {b->squares, 0};
     if (status == KERNEL_OK)
-        status = step_launch_linear(chain->device, STEP_MODE_OUT, &out, chain->rows);
+        status = step_launch_linear(chain->device, STEP_MODE_OUT, &out);
     return status;
 }
 
@@ -201,14 +201,14 @@ static int emit_head(const struct chain *chain, struct step_parts squares)
     head.r = chain->b.r;
     head.norm = a->norm_f;
     head.hidden = (step_type *)a->hidden;
-    return step_launch_linear(chain->device, STEP_MODE_HEAD, &head, chain->rows);
+    return step_launch_linear(chain->device, STEP_MODE_HEAD, &head);
 }
 
 static int emit_chain(const struct chain *chain)
 {
     const struct mamba_step_args *a = chain->a;
     const struct step_buffers *b = &chain->b;
-    if (chain->rows > FEW_ROWS) {
+    if (chain->rows > STEP_ROWS) {
         struct step_wide wide = {
             a, chain->device->steps->wide_header, chain->table, a->workspace, chain->rows, chain->adapted};
         return step_wide_emit(chain->device, &wide);
@@ -226,11 +226,11 @@ static int emit_chain(const struct chain *chain)
     embed.h = b->h;
     embed.next_squares = {b->squares, 1};
     embed.next_u = {b->u[U_IN], 1};
-    int status = step_launch_embed(chain->device, &embed, chain->rows);
+    int status = step_launch_embed(chain->device, &embed);
     struct step_parts squares = embed.next_squares, u_in = embed.next_u;
     for (int64_t layer = 0; layer < a->n_layers && status == KERNEL_OK; layer++) {
         status = emit_layer(chain, layer, squares, u_in);
-        squares.count = u_in.count = step_linear_tiles(STEP_MODE_OUT, a->d_model, chain->rows);
+        squares.count = u_in.count = step_linear_tiles(STEP_MODE_OUT, a->d_model);
     }
     return status == KERNEL_OK ? emit_head(chain, squares) : status;
 }
@@ -477,7 +477,7 @@ static enum step_adapted fill_header(const struct mamba_step_args *a, Header *he
     }
     if (header->main < 0)
         return STEP_PLAIN;
-    return shared && a->rows > FEW_ROWS && header->rank <= STEP_WIDE_SHARED ? STEP_SHARED : STEP_MIXED;
+    return shared && a->rows > STEP_ROWS && header->rank <= STEP_WIDE_SHARED ? STEP_SHARED : STEP_MIXED;
 }
 
 /* ---- one row ---- */
@@ -590,15 +590,15 @@ int cuda_mamba_step(struct kernel_device *device, const struct mamba_step_args *
     if (status != KERNEL_OK)
         return status;
 
-    struct chain chain = {device, a, lay_out(a, a->workspace), FEW_ROWS, NULL, STEP_PLAIN};
+    struct chain chain = {device, a, lay_out(a, a->workspace), STEP_ROWS, NULL, STEP_PLAIN};
     int bucket = 0;
     for (; chain.rows < a->rows; chain.rows *= 2)
         bucket++;
     status = cuda_check(device, cudaEventSynchronize(device->steps->read));
     if (status != KERNEL_OK)
         return status;
-    chain.adapted = chain.rows > FEW_ROWS ? fill_header(a, device->steps->wide_header)
-                                          : fill_header(a, device->steps->header);
+    chain.adapted = chain.rows > STEP_ROWS ? fill_header(a, device->steps->wide_header)
+                                           : fill_header(a, device->steps->header);
     if (chain.adapted != STEP_PLAIN) {
         chain.table = plan->table;
         status = send_adapters(device, a, plan);

@@ -22,7 +22,7 @@
 #include "kernels/cuda/common.cuh"
 
 enum {
-    STEP_ROWS = 64,     /* most rows of one step */
+    STEP_ROWS = 8,      /* most rows of one step; more are step_wide.cuh's */
     STEP_ADAPTERS = 16, /* most different adapters in one step */
     STEP_RANK = 64,     /* highest rank */
     STEP_AHEAD = 16,    /* highest rank of the adapter whose factors a kernel loads before it waits */
@@ -158,12 +158,11 @@ int64_t step_one_mail(const struct mamba_step_args *a);
 /* KERNEL_UNSUPPORTED, and nothing done, where the sizes do not suit. */
 int step_launch_one(struct kernel_device *device, struct step_one *p, int64_t d_model, int64_t d_inner);
 
-/* rows: room for that many. */
-int step_launch_embed(struct kernel_device *device, const struct step_embed *p, int rows);
-int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p, int rows);
-int step_launch_scan(struct kernel_device *device, const struct step_scan *p, int rows);
+int step_launch_embed(struct kernel_device *device, const struct step_embed *p);
+int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p);
+int step_launch_scan(struct kernel_device *device, const struct step_scan *p);
 /* How many parts a product of that mode with m outputs makes. */
-int step_linear_tiles(enum step_mode mode, int64_t m, int rows);
+int step_linear_tiles(enum step_mode mode, int64_t m);
 
 /* ---- for the kernels ---- */
 

@@ -1,11 +1,10 @@
 /* step_linear.cu: the products of mamba_step: few rows, every weight read once.
  *
- * A warp has 16 outputs and up to 64 rows. Weights go from memory to registers in the layout of the tensor cores: a lane
+ * A warp has 16 outputs and up to 8 rows. Weights go from memory to registers in the layout of the tensor cores: a lane
  * loads 16 consecutive bytes of two rows and of a row of x, and that is what it multiplies. Two chunks of DEPTH x 32
  * elements of k are under way at any time, the first two before the wait for the kernel in front. The warps of a block
  * share k where there are few outputs, and so do the blocks of a cluster; their sums meet in shared memory, in a fixed
- * order, and each block of the cluster finishes its own share of the rows. With more than 8 rows x is staged in shared
- * memory first, for 8 of them it is cheaper to load it where it is used. */
+ * order, and each block of the cluster finishes its own share of the rows. */
 #include "kernels/cuda/step.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -13,33 +12,18 @@
 
 enum { WARPS = STEP_THREADS / WARP, DEPTH = 3, PAD = 4, SPLITS_MOST = 8 };
 
-/* Warps side by side over the outputs; the others share k. */
-static constexpr int warps_over_m(int mode, int n_tiles)
-{
-    return mode == STEP_MODE_IN    ? (n_tiles == 1 ? 2 : 8)
-           : mode == STEP_MODE_X   ? 1
-           : mode == STEP_MODE_OUT ? (n_tiles == 1 ? 1 : 4)
-                                   : 4;
-}
-
-template <int MODE, int N_TILES> struct layout {
+template <int MODE> struct layout {
     enum {
-        WARPS_M = warps_over_m(MODE, N_TILES),
-        WARPS_K = WARPS / WARPS_M,
-        M = 16 * WARPS_M,   /* outputs of a block */
-        ROWS = 8 * N_TILES, /* of x */
-        STRIDE = M + PAD,   /* of sums in shared memory: no two lanes that write share a bank */
-        SUMS = WARPS_K * ROWS * STRIDE,
-        STAGED = N_TILES > 1,
+        WARPS_M = MODE == STEP_MODE_IN     ? 2
+                  : MODE == STEP_MODE_HEAD ? 4
+                                           : 1, /* side by side over the outputs */
+        WARPS_K = WARPS / WARPS_M,              /* share k */
+        M = 16 * WARPS_M,                       /* outputs of a block */
+        STRIDE = M + PAD, /* of sums in shared memory: no two lanes that write share a bank */
+        SUMS = WARPS_K * STEP_ROWS * STRIDE,
         FACTORS = M * STEP_AHEAD, /* of one adapter's B, or of A */
     };
 };
-
-/* Elements between rows of x in shared memory: 64 bytes off a multiple of 128, so that no two lanes share banks. */
-static __host__ __device__ inline int staged_stride(int k)
-{
-    return (k + 63) / 64 * 64 + 32;
-}
 
 /* First of `count` blocks of 32 that share i of n gets. */
 static __host__ __device__ inline int share_of(int count, int i, int n)
@@ -151,18 +135,18 @@ static __device__ __forceinline__ void sum_u(const struct step_parts &u, int n, 
     }
 }
 
-template <int MODE, int N_TILES>
+template <int MODE>
 static __global__ void __launch_bounds__(STEP_THREADS, 2)
     linear_kernel(const __grid_constant__ struct step_linear p)
 {
 #if STEP_HOPPER
-    using L = layout<MODE, N_TILES>;
+    using L = layout<MODE>;
     constexpr int TARGET = MODE == STEP_MODE_IN ? STEP_IN : MODE == STEP_MODE_X ? STEP_X : STEP_OUT;
     constexpr int NEXT_TARGET = MODE == STEP_MODE_IN ? STEP_X : STEP_IN;
     constexpr bool SCALED = MODE == STEP_MODE_IN || MODE == STEP_MODE_HEAD; /* by 1/rms */
     constexpr bool FEEDS = MODE == STEP_MODE_IN || MODE == STEP_MODE_OUT;   /* an adapter's x A^T */
-    extern __shared__ __align__(16) unsigned char shared[]; /* x, later sums; then what is loaded ahead */
-    __shared__ float row_scale[L::ROWS], row_u[L::ROWS * STEP_RANK];
+    extern __shared__ __align__(16) unsigned char shared[]; /* sums; then what is loaded ahead */
+    __shared__ float row_scale[STEP_ROWS], row_u[STEP_ROWS * STEP_RANK];
     float *sums = reinterpret_cast<float *>(shared);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
     const int splits = p.splits, split = splits > 1 ? (int)(blockIdx.x % splits) : 0;
@@ -194,8 +178,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
     load_weights(weights[0], begin);
     load_weights(weights[1], begin + DEPTH);
 
-    const int rows = min(p.header->rows, (int)L::ROWS);
-    const int own = L::ROWS / splits, own_first = split * own; /* rows that this block finishes */
+    const int rows = min(p.header->rows, (int)STEP_ROWS);
+    const int own = STEP_ROWS / splits, own_first = split * own; /* rows that this block finishes */
     float *ahead = reinterpret_cast<float *>(shared + p.ahead);
     float *ahead_weight = ahead; /* conv [M][STEP_CONV], or the norm [M] */
     float *ahead_bias = ahead + (MODE == STEP_MODE_IN ? STEP_CONV : 1) * L::M; /* of conv [M] */
@@ -237,7 +221,6 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
                 step_copy(ahead_rows + local * L::M + at,
                           p.r + (int64_t)(own_first + local) * p.m + first_row + at);
         }
-    /* x: to registers, or to shared memory. */
     uint4 x[2][DEPTH];
     auto load_x = [&](uint4(&v)[DEPTH], int first) {
 #pragma unroll
@@ -248,19 +231,8 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
                 v[i] = *reinterpret_cast<const uint4 *>(p.x + (int64_t)g * p.k + at);
         }
     };
-    const int k_first = block_begin * 32, k_count = block_end * 32 - k_first;
-    const int stride = staged_stride(k_count);
-    step_type *staged = reinterpret_cast<step_type *>(shared);
-    if constexpr (L::STAGED) {
-        const int per_row = k_count / 8;
-        for (int i = threadIdx.x; i < per_row * rows; i += STEP_THREADS) {
-            int n = i / per_row, at = i % per_row * 8;
-            step_copy(staged + n * stride + at, p.x + (int64_t)n * p.k + k_first + at);
-        }
-    } else {
-        load_x(x[0], begin);
-        load_x(x[1], begin + DEPTH);
-    }
+    load_x(x[0], begin);
+    load_x(x[1], begin + DEPTH);
 
     /* 1/rms and the adapters' sums of the rows that this block finishes. */
     for (int i = warp; i < own; i += WARPS) {
@@ -277,48 +249,25 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
             sum_u(p.u, n, p.lora[adapter].rank, row_u + i * STEP_RANK);
     }
 
-    float acc[N_TILES][4] = {};
+    float acc[4] = {};
     step_copies_wait();
-    if constexpr (L::STAGED)
-        __syncthreads();
-    auto multiply = [&](const uint4(&w)[DEPTH][2], const uint4(&v)[DEPTH], int first) {
-#pragma unroll
-        for (int i = 0; i < DEPTH; i++) {
-            if constexpr (L::STAGED) {
-                if (first + i >= end)
-                    break;
-                int at = (first + i) * 32 - k_first + q * 8;
-#pragma unroll
-                for (int t = 0; t < N_TILES; t++)
-                    step_multiply_32(acc[t], w[i][0], w[i][1],
-                                     *reinterpret_cast<const uint4 *>(staged + (t * 8 + g) * stride + at));
-            } else {
-                step_multiply_32(acc[0], w[i][0], w[i][1], v[i]);
-            }
-        }
-    };
     for (int at = begin; at < end; at += 2 * DEPTH) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            multiply(weights[half], x[half], at + half * DEPTH);
+#pragma unroll
+            for (int i = 0; i < DEPTH; i++)
+                step_multiply_32(acc, weights[half][i][0], weights[half][i][1], x[half][i]);
             load_weights(weights[half], at + (half + 2) * DEPTH);
-            if constexpr (!L::STAGED)
-                load_x(x[half], at + (half + 2) * DEPTH);
+            load_x(x[half], at + (half + 2) * DEPTH);
         }
     }
 
     /* Sums of the block, then of the cluster. */
-    if constexpr (L::STAGED)
-        __syncthreads(); /* x was there */
-#pragma unroll
-    for (int t = 0; t < N_TILES; t++) {
-        float *to =
-            sums + ((int64_t)warp_k * L::ROWS + t * 8 + 2 * q) * L::STRIDE + warp % L::WARPS_M * 16 + g;
-        to[0] = acc[t][0];
-        to[L::STRIDE] = acc[t][1];
-        to[8] = acc[t][2];
-        to[L::STRIDE + 8] = acc[t][3];
-    }
+    float *to = sums + (warp_k * STEP_ROWS + 2 * q) * L::STRIDE + warp % L::WARPS_M * 16 + g;
+    to[0] = acc[0];
+    to[L::STRIDE] = acc[1];
+    to[8] = acc[2];
+    to[L::STRIDE + 8] = acc[3];
     cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
     if (splits > 1)
         cluster.sync();
@@ -336,7 +285,7 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
             const float *from = splits > 1 ? cluster.map_shared_rank(sums, s) : sums;
 #pragma unroll
             for (int w = 0; w < L::WARPS_K; w++) {
-                struct quad part = load_quad(from + (w * L::ROWS + n) * L::STRIDE + m);
+                struct quad part = load_quad(from + (w * STEP_ROWS + n) * L::STRIDE + m);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     v.v[e] += part.v[e];
@@ -437,80 +386,50 @@ static __global__ void __launch_bounds__(STEP_THREADS, 2)
 
 /* ---- launch ---- */
 
-int step_linear_tiles(enum step_mode mode, int64_t m, int rows)
+int step_linear_tiles(enum step_mode mode, int64_t m)
 {
-    return (int)divide_up(m, 16 * warps_over_m(mode, rows / 8));
+    return (int)divide_up(m, mode == STEP_MODE_IN     ? (int)layout<STEP_MODE_IN>::M
+                             : mode == STEP_MODE_HEAD ? (int)layout<STEP_MODE_HEAD>::M
+                                                      : (int)layout<STEP_MODE_X>::M);
 }
 
-/* Enough blocks to fill the device and enough of k under way at once, but x must fit. */
-static int choose_splits(struct kernel_device *device, enum step_mode mode, const struct step_linear *p,
-                         int rows)
+/* Enough blocks to fill the device, or all of k under way at once. */
+static int choose_splits(const struct kernel_device *device, enum step_mode mode, int tiles, int k_blocks,
+                         int warps_k)
 {
-    const int warps_k = WARPS / warps_over_m(mode, rows / 8), k_blocks = p->k / 32;
     int splits = 1;
-    if (mode == STEP_MODE_HEAD)
-        return 1;
-    for (; splits < SPLITS_MOST; splits *= 2) {
-        bool fits =
-            rows == 8 || (int64_t)rows * staged_stride((k_blocks + splits - 1) / splits * 32) * 2 <= 90 << 10;
-        bool quick = k_blocks <= warps_k * splits * 2 * DEPTH;
-        bool filled = (int64_t)p->tiles * splits >= (rows == 8 ? device->multiprocessors : 96);
-        if (fits && (rows == 8 ? quick || filled : filled))
-            break;
-    }
+    if (mode != STEP_MODE_HEAD)
+        while (splits < SPLITS_MOST && k_blocks > warps_k * splits * 2 * DEPTH &&
+               tiles * splits < device->multiprocessors)
+            splits *= 2;
     return splits;
 }
 
-template <int MODE, int N_TILES> static int launch(struct kernel_device *device, struct step_linear *p)
+template <int MODE> static int launch(struct kernel_device *device, struct step_linear *p)
 {
-    using L = layout<MODE, N_TILES>;
-    p->splits = choose_splits(device, (enum step_mode)MODE, p, L::ROWS);
-    int k_blocks = p->k / 32, most_k = (k_blocks + p->splits - 1) / p->splits * 32;
-    int own = L::ROWS / p->splits;
-    size_t sums = (size_t)(L::SUMS + 2 * own * L::STRIDE) * sizeof(float);
-    size_t staged = L::STAGED ? (size_t)L::ROWS * (size_t)staged_stride(most_k) * sizeof(step_type) : 0;
-    p->ahead = (int)(sums > staged ? sums : staged);
-    size_t per_output = MODE == STEP_MODE_IN ? STEP_CONV + 1 : 1,
-           per_row = MODE == STEP_MODE_IN ? STEP_CONV - 1 : 1;
-    size_t ahead = (per_output + (size_t)own * per_row) * L::M + (p->lora != NULL ? 2 * L::FACTORS : 0);
-    size_t shared = (size_t)p->ahead + ahead * sizeof(float);
-    if (shared > (size_t)device->shared_bytes - 32768)
-        return KERNEL_UNSUPPORTED;
+    using L = layout<MODE>;
+    p->tiles = step_linear_tiles((enum step_mode)MODE, p->m);
+    p->splits = choose_splits(device, (enum step_mode)MODE, p->tiles, p->k / 32, L::WARPS_K);
+    const size_t own = (size_t)(STEP_ROWS / p->splits),
+                 sums = (L::SUMS + 2 * own * L::STRIDE) * sizeof(float);
+    p->ahead = (int)sums;
+    const size_t per_output = MODE == STEP_MODE_IN ? STEP_CONV + 1 : 1,
+                 per_row = MODE == STEP_MODE_IN ? STEP_CONV - 1 : 1;
+    const size_t ahead = (per_output + own * per_row) * L::M + (p->lora != NULL ? 2 * L::FACTORS : 0);
+    const size_t shared = sums + ahead * sizeof(float);
     int status =
-        cuda_check(device, cudaFuncSetAttribute((const void *)linear_kernel<MODE, N_TILES>,
+        cuda_check(device, cudaFuncSetAttribute((const void *)linear_kernel<MODE>,
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     if (status != KERNEL_OK)
         return status;
-    return step_launch(device, linear_kernel<MODE, N_TILES>, dim3((unsigned)(p->tiles * p->splits)),
-                       STEP_THREADS, shared, p->splits, true, *p);
+    return step_launch(device, linear_kernel<MODE>, dim3((unsigned)(p->tiles * p->splits)), STEP_THREADS,
+                       shared, p->splits, true, *p);
 }
 
-template <int MODE> static int launch_rows(struct kernel_device *device, struct step_linear *p, int rows)
+int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p)
 {
-    p->tiles = step_linear_tiles((enum step_mode)MODE, p->m, rows);
-    switch (rows) {
-    case 8:
-        return launch<MODE, 1>(device, p);
-    case 16:
-        return launch<MODE, 2>(device, p);
-    case 32:
-        return launch<MODE, 4>(device, p);
-    default:
-        return launch<MODE, 8>(device, p);
-    }
-}
-
-int step_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_linear *p, int rows)
-{
-    switch (mode) {
-    case STEP_MODE_IN:
-        return launch_rows<STEP_MODE_IN>(device, p, rows);
-    case STEP_MODE_X:
-        return launch_rows<STEP_MODE_X>(device, p, rows);
-    case STEP_MODE_OUT:
-        return launch_rows<STEP_MODE_OUT>(device, p, rows);
-    default:
-        p->tiles = step_linear_tiles(mode, p->m, 8);
-        return launch<STEP_MODE_HEAD, 1>(device, p);
-    }
+    return mode == STEP_MODE_IN    ? launch<STEP_MODE_IN>(device, p)
+           : mode == STEP_MODE_X   ? launch<STEP_MODE_X>(device, p)
+           : mode == STEP_MODE_OUT ? launch<STEP_MODE_OUT>(device, p)
+                                   : launch<STEP_MODE_HEAD>(device, p);
 }

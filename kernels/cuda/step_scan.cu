@@ -274,14 +274,14 @@ static __global__ void __launch_bounds__(STEP_THREADS, 3)
 
 /* ---- launch ---- */
 
-int step_launch_embed(struct kernel_device *device, const struct step_embed *p, int rows)
+int step_launch_embed(struct kernel_device *device, const struct step_embed *p)
 {
-    return step_launch(device, embed_kernel, dim3((unsigned)rows), STEP_THREADS, (size_t)p->d * sizeof(float),
-                       1, false, *p);
+    return step_launch(device, embed_kernel, dim3(STEP_ROWS), STEP_THREADS, (size_t)p->d * sizeof(float), 1,
+                       false, *p);
 }
 
-int step_launch_scan(struct kernel_device *device, const struct step_scan *p, int rows)
+int step_launch_scan(struct kernel_device *device, const struct step_scan *p)
 {
-    dim3 grid((unsigned)(p->inner / STEP_SCAN_CHANNELS), (unsigned)(rows / SEQUENCES));
+    dim3 grid((unsigned)(p->inner / STEP_SCAN_CHANNELS), STEP_ROWS / SEQUENCES);
     return step_launch(device, scan_kernel, grid, STEP_THREADS, 0, 1, true, *p);
 }
