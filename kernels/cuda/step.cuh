@@ -253,33 +253,6 @@ static __device__ __forceinline__ float step_dot(const float *a, const float *b,
     return sum;
 }
 
-/* The sums of 8 values each over LANES lanes: of value number scattered_index() on every lane. */
-template <int LANES> static __device__ __forceinline__ float scatter_sum(const float (&v)[8])
-{
-    const int lane = threadIdx.x % LANES;
-    float four[4], two[2];
-    bool upper = lane & LANES / 2;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        four[i] =
-            (upper ? v[4 + i] : v[i]) + __shfl_xor_sync(0xffffffffu, upper ? v[i] : v[4 + i], LANES / 2);
-    upper = lane & LANES / 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        two[i] = (upper ? four[2 + i] : four[i]) +
-                 __shfl_xor_sync(0xffffffffu, upper ? four[i] : four[2 + i], LANES / 4);
-    upper = lane & LANES / 8;
-    float sum = (upper ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, upper ? two[0] : two[1], LANES / 8);
-#pragma unroll
-    for (int step = LANES / 16; step > 0; step /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
-template <int LANES> static __device__ __forceinline__ int scattered_index(void)
-{
-    return (int)threadIdx.x % LANES / (LANES / 8);
-}
-
 /* A launch that may begin before the one in front of it ends. */
 template <typename Kernel, typename Params>
 static inline int step_launch(struct kernel_device *device, Kernel kernel, dim3 grid, int threads,

@@ -839,13 +839,15 @@ struct cut {
     int outputs, rows; /* of a block */
 };
 
-/* Weights that may be read once for every few rows: they stay in the second-level cache meanwhile. */
-enum { SMALL_BYTES = 20 << 20 };
+/* Bytes of weights that may be read once for every few rows, all reads together: they stay in the second-level cache
+ * meanwhile. Of those that are read once, fewer bytes go better by small tiles. */
+enum { SMALL_BYTES = 20 << 20, SMALL_BYTES_ONCE = 12 << 20 };
 
 static struct cut cut_of(enum step_mode mode, int64_t m, int64_t k, int rows)
 {
     const int few = mode == STEP_MODE_X ? 16 : 32;
-    if (mode == STEP_MODE_HEAD || m * k * (int64_t)sizeof(step_type) * divide_up(rows, few) > SMALL_BYTES)
+    const int64_t reads = divide_up(rows, few), most = reads > 1 ? SMALL_BYTES : SMALL_BYTES_ONCE;
+    if (mode == STEP_MODE_HEAD || m * k * (int64_t)sizeof(step_type) * reads > most)
         return {true, 128, GROUP};
     return {false, 64, few};
 }
@@ -898,7 +900,7 @@ static int launch(struct kernel_device *device, struct step_wide_linear *p)
                            : ADAPTED == STEP_SHARED ? (size_t)L::M * SHARED * f
                                                     : 0;
     /* Two large blocks to a multiprocessor; a small one beside the scan's. */
-    const size_t own_static = ADAPTED == STEP_MIXED ? 12288 : 6144;
+    const size_t own_static = ADAPTED == STEP_MIXED ? 12288 : MODE == STEP_MODE_IN ? 6144 : 3072;
     const size_t room =
         LARGE ? (size_t)device->shared_bytes / 2 - own_static : (size_t)device->shared_bytes - 81920;
     p->stages = (int)((room - parts - u_parts - factors) / L::STAGE);

@@ -270,39 +270,42 @@ static __device__ __forceinline__ void copy_one(float *to, const float *from)
                  : "memory");
 }
 
-/* The weights of the block's channels with what the shared adapter adds to them. A: [rank][k], B: [rank][CHANNELS]. */
+static __device__ __forceinline__ uint32_t round_pair(float low, float high)
+{
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+/* The weights of the block's channels with what the shared adapter adds to them, B A: a warp 16 channels and every so many
+ * 8 columns. a: [rank][k], b: [rank][CHANNELS]. */
 static __device__ __forceinline__ void merge(step_type *weights, int stride, int k, const float *a,
                                              const float *b, int rank, float scale)
 {
-    const int pieces = k / 8;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < CHANNELS * pieces; i += STEP_THREADS) {
-        const int row = i / pieces, at = i % pieces * 8;
-        uint4 *place = reinterpret_cast<uint4 *>(weights + row * stride + at);
-        union {
-            uint4 packed;
-            step_type v[8];
-        } w;
-        w.packed = *place;
-        float sum[8] = {};
-#pragma unroll 1
-        for (int j = 0; j < rank; j++) {
-            const float factor = b[j * CHANNELS + row];
-            const float4 low = load4(a + j * k + at), high = load4(a + j * k + at + 4);
-            sum[0] = fmaf(factor, low.x, sum[0]);
-            sum[1] = fmaf(factor, low.y, sum[1]);
-            sum[2] = fmaf(factor, low.z, sum[2]);
-            sum[3] = fmaf(factor, low.w, sum[3]);
-            sum[4] = fmaf(factor, high.x, sum[4]);
-            sum[5] = fmaf(factor, high.y, sum[5]);
-            sum[6] = fmaf(factor, high.z, sum[6]);
-            sum[7] = fmaf(factor, high.w, sum[7]);
-        }
+    const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
+    const int channel = warp % (CHANNELS / 16) * 16 + g;
+    auto b_of = [&](int j, int row) { return j < rank ? scale * b[j * CHANNELS + row] : 0.0f; };
+    auto a_of = [&](int j, int column) { return j < rank ? a[j * k + column] : 0.0f; };
+    const uint32_t upper = round_pair(b_of(2 * q, channel), b_of(2 * q + 1, channel)),
+                   lower = round_pair(b_of(2 * q, channel + 8), b_of(2 * q + 1, channel + 8));
+    for (int column = warp / (CHANNELS / 16) * 8; column < k; column += DT_WARPS * 8) {
+        float c[4] = {};
+        step_multiply(c, upper, lower, 0, 0, round_pair(a_of(2 * q, column + g), a_of(2 * q + 1, column + g)),
+                      0);
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-            w.v[e] = from_float<step_type>(fmaf(scale, sum[e], to_float(w.v[e])));
-        *place = w.packed;
+        for (int h = 0; h < 2; h++) {
+            __nv_bfloat162 *at =
+                reinterpret_cast<__nv_bfloat162 *>(weights + (channel + 8 * h) * stride + column + 2 * q);
+            const float2 w = __bfloat1622float2(*at);
+            *at = __floats2bfloat162_rn(w.x + c[2 * h], w.y + c[2 * h + 1]);
+        }
     }
+}
+static_assert(STEP_WIDE_SHARED <= 8, "the first half of a product's k");
+
+/* The ranks whose factors have room in shared memory. */
+static __host__ __device__ constexpr int ahead(enum step_adapted adapted)
+{
+    return adapted == STEP_MIXED ? (int)STEP_AHEAD : adapted == STEP_SHARED ? (int)STEP_WIDE_SHARED : 0;
 }
 
 template <int STAGES, enum step_adapted ADAPTED>
@@ -354,8 +357,9 @@ static __global__ void __launch_bounds__(STEP_THREADS, 5)
     const int dt_channels = warp % (CHANNELS / 16) * 16, dt_share = warp / (CHANNELS / 16);
     const step_type *weight = weights + (dt_channels + g) * weight_stride;
     /* Of one adapter: A [rank][dt_rank] and B [channels][rank] of dt_proj, A [rank][channels] of out_proj. */
+    constexpr int AHEAD = ahead(ADAPTED), FEEDS = MIXED ? AHEAD : 0;
     float *dt_b = reinterpret_cast<float *>(weights + CHANNELS * weight_stride),
-          *out_a = dt_b + STEP_AHEAD * CHANNELS, *dt_a = out_a + STEP_AHEAD * CHANNELS;
+          *out_a = dt_b + AHEAD * CHANNELS, *dt_a = out_a + FEEDS * CHANNELS;
     const int main = ADAPTED != STEP_PLAIN && p.header->main >= 0 && p.lora[p.header->main].rank <= STEP_AHEAD
                          ? p.header->main
                          : -1;
@@ -503,8 +507,8 @@ int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_
 template <int STAGES, enum step_adapted ADAPTED>
 static int launch(struct kernel_device *device, const struct step_wide_scan *p, int splits)
 {
-    const size_t factors =
-        ADAPTED != STEP_PLAIN ? STEP_AHEAD * (2 * CHANNELS + (size_t)p->rank) * sizeof(float) : 0;
+    const size_t factors = (size_t)ahead(ADAPTED) *
+                           ((ADAPTED == STEP_MIXED ? 2 : 1) * CHANNELS + (size_t)p->rank) * sizeof(float);
     const size_t weights =
         STEP_STATE * CHANNELS * sizeof(float) + CHANNELS * ((size_t)p->rank + W_PAD) * sizeof(step_type);
     const size_t shared = STAGES * stage_bytes(p->width) + weights + factors;
