@@ -271,9 +271,11 @@ void store_evaluation_scored(struct store *store, const char *evaluation, store_
 
 /* ---- examples ---- */
 
-static int example_from_row(const struct query *query, void *item, struct error *error)
+enum { PAGE_BYTES = 1 << 20 }; /* of details: a page ends behind the one that reaches it */
+
+static int example_from_row(const struct query *query, struct evaluation_example *example,
+                            struct error *error)
 {
-    struct evaluation_example *example = item;
     names_from_row(query, 0, &example->unit);
     example->sequence = column_int(query, 8);
     return column_copy(query, 9, &example->detail, error);
@@ -290,7 +292,23 @@ static int run_examples(struct connection *connection, struct store_request *req
     query_text(&query, read->evaluation);
     query_int(&query, read->after);
     query_int(&query, read->limit + 1);
-    return rows_collect(&read->rows, &query, read->limit, example_from_row, &read->has_more, error);
+    size_t bytes = 0;
+    int code;
+    while ((code = query_next(&query, error)) > 0) {
+        read->has_more = (int64_t)read->rows.count == read->limit || bytes >= PAGE_BYTES;
+        if (read->has_more) {
+            code = 0;
+            break;
+        }
+        struct evaluation_example *example = rows_add(&read->rows);
+        code = example ? example_from_row(&query, example, error)
+                       : error_set(error, ERROR_NO_MEMORY, "no memory for a list");
+        if (code)
+            break;
+        bytes += strlen(example->detail);
+    }
+    query_end(&query);
+    return code;
 }
 
 static void deliver_examples(struct store_request *request)

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_PREFIX_BYTES = 32 << 20, MAX_EXAMPLE_IDS = 2 << 20 }; /* far beyond any use */
+enum { MAX_PREFIX_BYTES = 8 << 20, MAX_EXAMPLE_IDS = 2 << 20 }; /* far beyond any use */
 
 struct prompts {
     const struct task *task;

@@ -160,6 +160,38 @@ static void test_examples_page_by_page(void **state)
     assert_string_equal(page.details, "{\"doc\":2}{\"doc\":3}{\"doc\":0}");
 }
 
+static void count_page(void *arg, int code, const struct evaluation_example *items, size_t count,
+                       bool has_more)
+{
+    (void)items;
+    assert_int_equal(code, 0);
+    *(struct page *)arg = (struct page){.count = count, .has_more = has_more};
+}
+
+/* A page has as many long examples as are a megabyte. */
+static void test_pages_of_long_examples(void **state)
+{
+    struct fixture *fixture = *state;
+    struct evaluation_unit_resource unit = unit_of("piqa", 1);
+    struct evaluation_row *rows = calloc(4, sizeof *rows);
+    struct page page;
+    struct told told = {0};
+    assert_int_equal(make_evaluation(fixture, "eval-1"), 0);
+    for (int i = 0; i < 4; i++) {
+        rows[i].document = i;
+        assert_true(asprintf(&rows[i].detail, "{\"a\":\"%0600000d\"}", 0) > 0);
+    }
+    store_evaluation_insert(fixture->store, "eval-1", &unit, rows, 4, tell, &told);
+    fixture_run(fixture);
+    assert_int_equal(told.code, 0);
+    for (int64_t after = 0; after < 4; after += 2) {
+        store_evaluation_examples(fixture->store, "eval-1", after, 64, count_page, &page);
+        fixture_run(fixture);
+        assert_int_equal(page.count, 2);
+        assert_int_equal(page.has_more, !after);
+    }
+}
+
 struct listed {
     size_t count;
     char last[ID_BYTES];
@@ -221,6 +253,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_batches_add_up, fixture_setup, fixture_teardown),
         cmocka_unit_test_setup_teardown(test_examples_page_by_page, fixture_setup, fixture_teardown),
+        cmocka_unit_test_setup_teardown(test_pages_of_long_examples, fixture_setup, fixture_teardown),
         cmocka_unit_test_setup_teardown(test_kinds_are_kept_apart, fixture_setup, fixture_teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
