@@ -244,6 +244,70 @@ static void test_a_job_waits_for_models_in_use(void **state)
     }
 }
 
+static json_t *evaluation_json(const char *name)
+{
+    char definition[128], documents[128];
+    write_work_file(
+        "ends.json",
+        "{\"task\": \"ends\", \"splits\": {\"test\": [{\"file\": \"ends.jsonl\", \"format\": "
+        "\"jsonl\"}]}, \"documents\": \"test\", \"fewshot\": {\"from\": [\"test\"]}, \"context\": "
+        "\"{start}\", \"choices\": [\"barks\", \"sings\"], \"gold\": \"{gold}\", \"metrics\": "
+        "[\"acc\"]}",
+        definition);
+    write_work_file("ends.jsonl",
+                    "{\"start\": \"The dog\", \"gold\": 0}\n{\"start\": \"The bird\", \"gold\": 1}\n",
+                    documents);
+    return json_pack("{s:s, s:i, s:[{s:s, s:o, s:n}], s:[s], s:[{s:s, s:s}], s:[i], s:n, s:n, s:b, s:i, s:n, "
+                     "s:{s:s}, s:i, s:{}}",
+                     "job", name, "attempt", 1, "models", "name", "hatchling", "model", model_json(),
+                     "adapter", "precisions", "auto", "tasks", "name", "ends", "definition", definition,
+                     "num_fewshot", 0, "limit", "max_length", "share", 1, "seed", 1, "data_dir", "files",
+                     "ends.jsonl", documents, "total_steps", 2, "done");
+}
+
+/* The same for an evaluation. */
+static void test_an_evaluation_waits_for_models_in_use(void **state)
+{
+    (void)state;
+    struct peer peer;
+    size_t n_models;
+    peer_start(&peer);
+    load(&peer, "hatchling");
+    const int64_t of_one = read_status(&peer, &n_models);
+    peer_stop(&peer);
+
+    for (int stopped = 0; stopped < 2; stopped++) {
+        bool answered = false, ended = false;
+        int n_results = 0;
+        peer_start_small(&peer, of_one + (1 << 20));
+        json_t *request = complete_json("The dog", 200, true);
+        json_object_set_new(request, "model", folder_json("twin", model_folder));
+        json_object_set_new(request, "ignore_eos", json_true());
+        peer_send(&peer, FRAME_COMPLETE, 7, request);
+        peer_send(&peer, FRAME_EVALUATION_START, 0, evaluation_json("patient"));
+        if (stopped)
+            peer_send(&peer, FRAME_JOB_STOP, 0,
+                      json_pack("{s:s, s:i, s:s}", "job", "patient", "attempt", 1, "reason", "cancel"));
+        while (!answered || !ended) {
+            struct frame frame = peer_receive(&peer);
+            if (frame.type == FRAME_EVALUATION_RESULTS) {
+                assert_true(answered);
+                n_results += (int)json_array_size(json_object_get(frame.payload, "results"));
+            } else if (frame.type == FRAME_JOB_ENDED) {
+                assert_string_equal(text_of(frame.payload, "status"), stopped ? "cancelled" : "succeeded");
+                ended = true;
+            } else {
+                assert_int_equal(frame.id, 7);
+                assert_int_not_equal(frame.type, FRAME_FAILED);
+                answered |= frame.type == FRAME_DONE;
+            }
+            json_decref(frame.payload);
+        }
+        assert_int_equal(n_results, stopped ? 0 : 2);
+        peer_stop(&peer);
+    }
+}
+
 /* ---- faults ---- */
 
 enum { FAULTY_STEP = 6 };
@@ -333,6 +397,7 @@ int main(void)
         cmocka_unit_test(test_idle_models_make_room_for_a_job),
         cmocka_unit_test(test_a_model_without_room_beside_a_job_waits),
         cmocka_unit_test(test_a_job_waits_for_models_in_use),
+        cmocka_unit_test(test_an_evaluation_waits_for_models_in_use),
         cmocka_unit_test(test_a_lost_device_ends_it),
         cmocka_unit_test(test_memory_that_runs_out_ends_it),
         cmocka_unit_test(test_a_device_that_does_not_open_is_told),
