@@ -19,17 +19,17 @@ static void look(struct live_job *live);
 /* ---- what the job names ---- */
 
 /* A member of job->evaluations: a new reference, or NULL. */
-static json_t *named(const struct live_job *live, const char *key)
+static json_t *named(const struct job_resource *job, const char *key)
 {
-    json_t *evaluations = json_loads(live->job.evaluations, 0, NULL);
+    json_t *evaluations = json_loads(job->evaluations, 0, NULL);
     json_t *value = json_incref(json_object_get(evaluations, key));
     json_decref(evaluations);
     return value;
 }
 
-static bool is_at(const struct live_job *live, const char *place)
+static bool is_at(const struct job_resource *job, const char *place)
 {
-    json_t *at = named(live, "at");
+    json_t *at = named(job, "at");
     bool found = false;
     for (size_t i = 0; i < json_array_size(at); i++)
         found |= !strcmp(json_string_value(json_array_get(at, i)), place);
@@ -39,7 +39,7 @@ static bool is_at(const struct live_job *live, const char *place)
 
 static bool keeps_best(const struct live_job *live)
 {
-    json_t *best = named(live, "keep_best");
+    json_t *best = named(&live->job, "keep_best");
     bool keeps = json_is_object(best);
     json_decref(best);
     return keeps;
@@ -47,8 +47,7 @@ static bool keeps_best(const struct live_job *live)
 
 bool job_evaluations_keep_all(const struct job_resource *job)
 {
-    const struct live_job live = {.job = *job};
-    return job->evaluations && is_at(&live, "checkpoints");
+    return job->evaluations && is_at(job, "checkpoints");
 }
 
 /* Those that were made: a new reference. */
@@ -252,7 +251,7 @@ static void choose(struct live_job *live)
 {
     struct choice *choice = calloc(1, sizeof *choice);
     struct adapter_row row;
-    json_t *best = named(live, "keep_best");
+    json_t *best = named(&live->job, "keep_best");
     if (!json_is_object(best) || !choice) {
         json_decref(best);
         free(choice);
@@ -275,7 +274,7 @@ static void choose(struct live_job *live)
 static bool wants_final(const struct live_job *live, const struct checkpoint_resource *checkpoints,
                         size_t count)
 {
-    if (is_at(live, "end"))
+    if (is_at(&live->job, "end"))
         return true;
     for (size_t i = 0; i < count; i++)
         if (checkpoints[i].step == live->job.step)
@@ -330,7 +329,7 @@ static void look(struct live_job *live)
     live->evaluations.looking = true;
     if (!live->evaluations.refused)
         live->evaluations.refused = json_object();
-    if (!is_at(live, "checkpoints")) {
+    if (!is_at(&live->job, "checkpoints")) {
         take_stock(live, NULL, 0);
         return;
     }
