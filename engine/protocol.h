@@ -89,8 +89,9 @@
  *     "best","resumable_only"}
  *   JOB_CHECKPOINT_DROPPED          its folder is gone: keep_checkpoints newer ones exist
  *     {"job","attempt","step"}
- *   EVALUATION_RESULTS              of one batch, in several frames where they are long: examples of one model, task and shot count, whole ones alone. tokens: that the
- *                                   requests begun meanwhile have; tokens_run: that went through the model; seconds: took
+ *   EVALUATION_RESULTS              of one batch, in several frames where they are long: examples of one model, task and shot
+ *                                   count, whole ones alone. tokens: that the requests begun meanwhile have; tokens_run: that
+ *                                   went through the model; seconds: took
  *     {"job","attempt","model": name,"metrics": "acc acc_norm" (their names, a space between),"precision","task","parent" (its
  *     definition's name),"group" (of its subtask, or ""),"num_fewshot","pool": file|null,"results": [{"doc","acc": 0|1,
  *     "acc_norm": 0|1,"log_likelihood" (of the gold or the target),"detail": JSON text for clients}...],"tokens","tokens_run",
