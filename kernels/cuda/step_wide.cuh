@@ -106,6 +106,7 @@ int64_t step_wide_workspace(const struct mamba_step_args *a);
 int step_wide_emit(struct kernel_device *device, const struct step_wide *chain);
 int step_wide_launch_embed(struct kernel_device *device, const struct step_wide_embed *p);
 int step_wide_launch_linear(struct kernel_device *device, enum step_mode mode, struct step_wide_linear *p);
+int step_wide_launch_head(struct kernel_device *device, struct step_wide_linear *p);
 int step_wide_launch_scan(struct kernel_device *device, const struct step_wide_scan *p);
 /* A block of a product of that mode, of [m,k] and so many rows: its outputs and rows. */
 int step_wide_linear_outputs(enum step_mode mode, int64_t m, int64_t k, int rows);
