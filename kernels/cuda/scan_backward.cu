@@ -387,6 +387,8 @@ __device__ __forceinline__ void run_group(shared_memory<SHAPE> &m, int first, in
             if (2 * (p + 1) % LANES == 0) {
                 float input = sum_states<LANES, STEP>(inputs, 2 * (p + 1), warp_lane);
                 float through = sum_states<LANES, STEP>(throughs, 2 * (p + 1), warp_lane);
+                if (LANES > 1)
+                    __syncwarp(); /* all lanes of the channel have read these tokens' inputs */
                 *reinterpret_cast<float2 *>(&m.entries[first + 2 * (p + 1) + lane][place]) =
                     make_float2(input, through);
             }
