@@ -132,13 +132,16 @@ struct linear_backward_args {
     const void *dy; /* [rows,out] */
     int64_t dy_stride;
     const void *u; /* from the forward */
-    void *dx;      /* [rows,in] or NULL */
+    /* [rows,rank] or NULL. For a backward in two calls, where x is not there yet when dx is wanted: the first, without da,
+     * leaves here what the second, with da but without db and dx, goes on with. */
+    void *du;
+    void *dx; /* [rows,in] or NULL */
     int64_t dx_stride;
     bool accumulate; /* dx += instead of = */
     float *dweight;  /* [out,in] accumulates, or NULL */
     bool overwrite;  /* dweight = instead of += */
     float *dbias;    /* [out] accumulates, or NULL */
-    float *da, *db;  /* as A and B, accumulate; both NULL or neither */
+    float *da, *db;  /* as A and B, accumulate; both NULL or neither where there is no du */
     enum kernel_type act;
     bool tf32;
     void *workspace;

@@ -69,7 +69,13 @@ static inline bool linear_backward_valid(const struct linear_backward_args *b)
     bool reads_x = b->dweight != NULL || b->da != NULL;
     return linear_layer_valid(&b->layer) && b->rows >= 0 && (!reads_x || b->x_stride >= b->layer.in) &&
            b->dy_stride >= b->layer.out && (b->dx == NULL || b->dx_stride >= b->layer.in) &&
-           (b->da == NULL) == (b->db == NULL);
+           ((b->da == NULL) == (b->db == NULL) || (b->du != NULL && (b->da == NULL || b->dx == NULL)));
+}
+
+/* Whether this is the second call of a backward in two: du is there. */
+static inline bool linear_backward_continues(const struct linear_backward_args *b)
+{
+    return b->du != NULL && b->da != NULL && b->db == NULL;
 }
 
 #endif

@@ -29,6 +29,7 @@ enum {
     PASS_DXC,             /* [T,c] */
     PASS_DXZ,             /* [T,2c]; x's half holds the gradient of dt until that of x takes its place */
     PASS_DX_DBL,          /* [T,R+2n] */
+    PASS_DU,              /* [T,rank] of out_proj, whose dx is wanted before y is there again */
 };
 
 static int64_t max_chunks(int64_t tokens, int32_t seqs)
@@ -120,6 +121,8 @@ void mamba_pass_plan(const struct model_config *c, const struct plan_request *re
     plan_add(plan, PASS_DXC, PLAN_WORKSPACE, inner, size);
     plan_add(plan, PASS_DXZ, PLAN_WORKSPACE, 2 * inner, size);
     plan_add(plan, PASS_DX_DBL, PLAN_WORKSPACE, width, size);
+    plan_add(plan, PASS_DU, PLAN_WORKSPACE, request->lora.targets & TARGET_OUT_PROJ ? tokens * rank : 0,
+             size);
     plan_at_least(plan, PASS_SCRATCH,
                   ops->scan_backward_workspace(tokens, c->d_inner, c->d_state, request->max_seqs));
     plan_at_least(plan, PASS_SCRATCH, ops->rmsnorm_backward_workspace(tokens, c->d_model));
@@ -317,13 +320,15 @@ static int conv_backward(const struct pass *pass, const struct layer_flow *flow)
     return pass->model->ops->conv_backward(pass->model->device, &args);
 }
 
-/* What of one projection's backward is wanted: gradients of what trains (needs x), dx, or both. */
+/* What of one projection's backward is wanted: gradients of what trains (needs x), dx, or both. Or dx first and what needs
+ * x later: then du is where the adapter's part is left in between, and B's gradient comes with dx. */
 struct projected {
     enum lora_target which;
-    const void *x; /* NULL: no gradients of weights and adapter */
+    const void *x; /* NULL: no gradients of what needs it */
     int64_t x_stride;
     const void *dy;
     int64_t dy_stride;
+    void *du; /* or NULL */
     void *dx; /* or NULL */
     int64_t dx_stride;
     bool accumulate;
@@ -340,6 +345,7 @@ static int project_backward(const struct layer_flow *flow, const struct projecte
                                         .dy = p->dy,
                                         .dy_stride = p->dy_stride,
                                         .u = layer_u(flow, p->which),
+                                        .du = p->du,
                                         .dx = p->dx,
                                         .dx_stride = p->dx_stride,
                                         .accumulate = p->accumulate,
@@ -351,8 +357,9 @@ static int project_backward(const struct layer_flow *flow, const struct projecte
         args.overwrite = flow->fresh;
         args.dbias = linear.dbias;
         args.da = linear.da;
-        args.db = linear.db;
     }
+    if (!p->x == !!p->du)
+        args.db = linear.db;
     if (!args.dx && !args.dweight && !args.dbias && !args.da)
         return 0;
     return flow->model->ops->linear_backward(flow->model->device, &args);
@@ -388,8 +395,9 @@ static const void *output_gradient(const struct pass *pass)
     return pass->buffers[pass->request.act == TYPE_F32 ? PASS_DRESIDUAL : PASS_ROWS];
 }
 
-/* out_proj: dy, and / or the gradients of what trains there, from y. */
-static int out_backward(const struct pass *pass, const struct layer_flow *flow, const void *y, void *dy)
+/* out_proj: dy, and / or the gradients of what trains there, from y; du as in struct projected. */
+static int out_backward(const struct pass *pass, const struct layer_flow *flow, const void *y, void *du,
+                        void *dy)
 {
     const struct model_config *c = &pass->model->config;
     const struct projected out = {.which = TARGET_OUT_PROJ,
@@ -397,6 +405,7 @@ static int out_backward(const struct pass *pass, const struct layer_flow *flow, 
                                   .x_stride = c->d_inner,
                                   .dy = output_gradient(pass),
                                   .dy_stride = c->d_model,
+                                  .du = du,
                                   .dx = dy,
                                   .dx_stride = c->d_inner};
     return project_backward(flow, &out);
@@ -420,14 +429,14 @@ static int backward_work(const struct pass *pass, const void *arg)
     int status = restore(pass, flow);
     if (!status && !want_scan) {
         status = layer_scan(flow);
-        return status ? status : out_backward(pass, flow, flow->y, NULL);
+        return status ? status : out_backward(pass, flow, flow->y, NULL, NULL);
     }
     if (!status)
-        status = out_backward(pass, flow, NULL, at[PASS_DY]);
+        status = out_backward(pass, flow, NULL, at[PASS_DU], at[PASS_DY]);
     if (!status)
         status = scan_backward(pass, flow, want_out ? flow->y : NULL);
     if (!status && want_out)
-        status = out_backward(pass, flow, flow->y, NULL);
+        status = out_backward(pass, flow, flow->y, at[PASS_DU], NULL);
     const struct projected dt = {.which = TARGET_DT_PROJ,
                                  .x = flow->x_dbl,
                                  .x_stride = width,

@@ -92,7 +92,7 @@ int CPU_NAME(cpu_linear_backward)(struct kernel_device *device, const struct lin
         struct gemm_args product = linear_dx_product(b, b->accumulate ? 1.0f : 0.0f);
         status = CPU_NAME(cpu_gemm)(device, &product);
     }
-    if (status != KERNEL_OK || b->layer.rank == 0 || (b->dx == NULL && b->da == NULL))
+    if (status != KERNEL_OK || b->layer.rank == 0 || (b->dx == NULL && b->da == NULL && b->db == NULL))
         return status;
     struct lora_backward_args lora = linear_backward_lora(b);
     return CPU_NAME(cpu_lora_backward)(device, &lora);

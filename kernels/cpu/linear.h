@@ -18,9 +18,10 @@ struct lora_backward_args {
     int64_t dy_stride;
     void *dx; /* [rows,in], accumulates, or NULL */
     int64_t dx_stride;
-    float *da; /* [rank,in] accumulates, or NULL and db with it */
-    float *db; /* [out,rank] accumulates */
-    float *du; /* [rows,rank] scratch */
+    float *da;   /* [rank,in] accumulates, or NULL */
+    float *db;   /* [out,rank] accumulates, or NULL */
+    float *du;   /* [rows,rank] */
+    bool has_du; /* it is there already */
     enum kernel_type act;
 };
 
@@ -38,7 +39,7 @@ static inline int check_linear_backward(const struct linear_backward_args *b)
     return check_weight(b->layer.weight_type) != KERNEL_OK ? KERNEL_UNSUPPORTED : check_act(b->act);
 }
 
-/* du, the only thing that is kept in the workspace. */
+/* du, the only thing that is ever in the workspace. */
 static inline int64_t linear_du_bytes(int64_t rows, int64_t rank)
 {
     return rows * rank * (int64_t)sizeof(float);
@@ -89,7 +90,8 @@ static inline struct lora_backward_args linear_backward_lora(const struct linear
         .dx_stride = b->dx_stride,
         .da = b->da,
         .db = b->db,
-        .du = b->workspace,
+        .du = b->du != NULL ? b->du : b->workspace,
+        .has_du = linear_backward_continues(b),
     };
 }
 

@@ -253,11 +253,16 @@ static void add_db(const struct backward *f, int64_t column, float *scratch)
             g->db[(column + j) * g->rank + r] += scratch[r * sum.n + j];
 }
 
+static int64_t da_blocks_of(const struct lora_backward_args *g)
+{
+    return g->da != NULL ? blocks_of(g->in, BLOCK_COLUMNS) : 0;
+}
+
 static void columns_task(void *arg, int64_t index, int thread)
 {
     const struct backward *f = arg;
     float *scratch = (float *)cpu_scratch(f->device, thread) + f->shared;
-    int64_t da_blocks = blocks_of(f->args->in, BLOCK_COLUMNS);
+    int64_t da_blocks = da_blocks_of(f->args);
     if (index < da_blocks)
         add_da(f, index * BLOCK_COLUMNS, scratch);
     else
@@ -274,11 +279,12 @@ int CPU_NAME(cpu_lora_backward)(struct kernel_device *device, const struct lora_
     int status = cpu_scratch_reserve(device, (size_t)(f.shared + own) * sizeof(float));
     if (status != KERNEL_OK)
         return status;
-    turn_b(g->b, g->out, g->rank, cpu_scratch(device, 0));
-    f.turned = cpu_scratch(device, 0);
-    cpu_parallel(device, blocks_of(g->rows, BLOCK_ROWS), rows_task, &f);
-    if (g->da != NULL)
-        cpu_parallel(device, blocks_of(g->in, BLOCK_COLUMNS) + blocks_of(g->out, BLOCK_COLUMNS), columns_task,
-                     &f);
+    if (!g->has_du) {
+        turn_b(g->b, g->out, g->rank, cpu_scratch(device, 0));
+        f.turned = cpu_scratch(device, 0);
+        cpu_parallel(device, blocks_of(g->rows, BLOCK_ROWS), rows_task, &f);
+    }
+    cpu_parallel(device, da_blocks_of(g) + (g->db != NULL ? blocks_of(g->out, BLOCK_COLUMNS) : 0),
+                 columns_task, &f);
     return KERNEL_OK;
 }

@@ -124,11 +124,12 @@ static void lora_backward_dx(const struct lora_backward_args *l)
 int reference_lora_backward(struct kernel_device *device, const struct lora_backward_args *l)
 {
     (void)device;
-    lora_backward_du(l);
-    if (l->da != NULL) {
+    if (!l->has_du)
+        lora_backward_du(l);
+    if (l->db != NULL)
         lora_backward_db(l);
+    if (l->da != NULL)
         lora_backward_da(l);
-    }
     if (l->dx != NULL)
         lora_backward_dx(l);
     return KERNEL_OK;

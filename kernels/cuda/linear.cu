@@ -313,7 +313,7 @@ bool narrow_backward(struct kernel_device *device, const struct linear_backward_
                      const struct workspace *w, int *ret_status)
 {
     const struct linear_layer *l = &b->layer;
-    if (l->dropout > 0.0f || l->weight_type != b->act || b->dx == NULL || b->da == NULL)
+    if (l->dropout > 0.0f || l->weight_type != b->act || b->dx == NULL || b->da == NULL || b->db == NULL)
         return false;
     struct narrow_layer n = {};
     n.rows = b->rows, n.k = l->out, n.n = l->in, n.rank = l->rank;
@@ -340,9 +340,12 @@ int backward_adapted(struct kernel_device *device, const struct linear_backward_
     const struct linear_layer *l = &b->layer;
     struct workspace w = workspace_of(b->workspace, b->rows, l);
     int status = KERNEL_OK;
+    if (b->du != NULL)
+        w.du = b->du;
     if (narrow_backward(device, b, &w, &status))
         return status;
-    status = make_du(device, b, &w);
+    if (!linear_backward_continues(b))
+        status = make_du(device, b, &w);
     if (status == KERNEL_OK && b->da != NULL)
         status = add_da(device, b, &w);
     if (status != KERNEL_OK || b->dx == NULL)
@@ -420,7 +423,7 @@ int cuda_linear_backward(struct kernel_device *device, const struct linear_backw
         status = add_dbias(device, b);
     if (status != KERNEL_OK)
         return status;
-    if (b->layer.rank > 0 && (b->dx != NULL || b->da != NULL))
+    if (b->layer.rank > 0 && (b->dx != NULL || b->da != NULL || b->db != NULL))
         status = backward_adapted(device, b);
     else if (b->dx != NULL)
         status = make_dx(device, b);

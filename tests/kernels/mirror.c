@@ -189,7 +189,7 @@ static int finish(int status)
 
 MIRROR(lora_forward, A(x), R(a), R(b), R(u), A(y))
 MIRROR(linear_forward, A(x), R(layer.weight), R(layer.bias), R(layer.a), R(layer.b), A(u), A(y), R(workspace))
-MIRROR(linear_backward, A(x), A(dy), A(u), A(dx), R(layer.weight), R(layer.a), R(layer.b), R(dweight),
+MIRROR(linear_backward, A(x), A(dy), A(u), A(du), A(dx), R(layer.weight), R(layer.a), R(layer.b), R(dweight),
        R(dbias), R(da), R(db), R(workspace))
 MIRROR(embedding_forward, R(ids), R(table), R(lora_a), R(lora_b), A(y))
 MIRROR(embedding_backward, R(ids), A(dy), R(dtable), R(lora_a), R(lora_b), R(da), R(db))

@@ -179,6 +179,7 @@ struct linear_case {
     enum kernel_type type;
     float dropout;
     bool bias, dx, accumulate, dweight, overwrite, adapter_gradients;
+    bool in_two; /* calls of the backward: dx and dB, then what x is needed for */
     int64_t gap;
 };
 
@@ -241,6 +242,18 @@ static void linear_case(struct session *s, const void *param)
         b.dx = accumulated_rows(s, "dx", p->rows, p->in, in_stride, SUMMED);
     else if (p->dx)
         b.dx = output_rows(s, "dx", p->rows, p->in, in_stride, SUMMED);
+    if (!p->in_two) {
+        assert_int_equal(s->ops->linear_backward(s->device, &b), KERNEL_OK);
+        return;
+    }
+    struct linear_backward_args first = b;
+    first.x = NULL;
+    first.x_stride = 0;
+    first.dweight = first.dbias = first.da = NULL;
+    first.du = b.du = adapter ? output_floats(s, "du", p->rows * p->rank, 10 * SUMMED) : NULL;
+    assert_int_equal(s->ops->linear_backward(s->device, &first), KERNEL_OK);
+    b.dx = NULL;
+    b.db = NULL;
     assert_int_equal(s->ops->linear_backward(s->device, &b), KERNEL_OK);
 }
 
@@ -275,6 +288,7 @@ static void test_linear(void **state)
                                 .dweight = i % 3 == 1 || i % 6 == 0,
                                 .overwrite = i % 2 == 0,
                                 .adapter_gradients = i % 5 != 4,
+                                .in_two = i % 5 < 2,
                                 .gap = i % 4 == 1   ? 3
                                        : i % 4 == 2 ? 8
                                                     : 0};
@@ -296,6 +310,13 @@ static void test_linear_large(void **state)
          .accumulate = true,
          .adapter_gradients = true,
          .gap = 8},
+        {.rows = 300,
+         .in = 328,
+         .out = 264,
+         .rank = 8,
+         .dx = true,
+         .adapter_gradients = true,
+         .in_two = true},
         {.rows = 257, .in = 256, .out = 264, .rank = 24, .dx = true},
         {.rows = 130, .in = 520, .out = 264, .rank = 16, .dx = true, .adapter_gradients = true, .gap = 16},
         {.rows = 1134, .in = 48, .out = 80, .rank = 8, .dx = true, .adapter_gradients = true, .gap = 32},
@@ -330,12 +351,15 @@ static void test_linear_large(void **state)
          .dx = true,
          .adapter_gradients = true},
         {.rows = 33, .in = 24, .out = 40, .rank = 1024, .dx = true, .adapter_gradients = true},
+        /* A few tiles more than a GPU's multiprocessors take at once. */
+        {.rows = 17300, .in = 264, .out = 256, .rank = 4},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         for (int type = 0; type < 3; type++) {
             struct linear_case p = cases[i];
             p.type = weight_types[type];
-            compare_linear(linear_large_case, &p);
+            if (p.rows < 10000 || type == 1)
+                compare_linear(linear_large_case, &p);
         }
     }
 }
@@ -345,7 +369,8 @@ static void linear_narrow_case(struct session *s, const void *param)
     linear_case(s, param);
 }
 
-/* One side narrow, the other wide; last rows and columns short of a tile; rows for several rounds of all blocks. */
+/* One side narrow, the other wide; last rows and columns short of a tile; rows for several rounds of all blocks, and few
+ * enough that blocks share them. */
 static void test_linear_narrow(void **state)
 {
     (void)state;
@@ -369,6 +394,8 @@ static void test_linear_narrow(void **state)
          .adapter_gradients = true},
         {.rows = 17100, .in = 8, .out = 264, .rank = 4, .dx = true, .adapter_gradients = true},
         {.rows = 150, .in = 1160, .out = 136, .rank = 8, .dx = true, .adapter_gradients = true},
+        {.rows = 2060, .in = 2056, .out = 136, .rank = 8, .dx = true, .adapter_gradients = true},
+        {.rows = 2060, .in = 72, .out = 2120, .rank = 7, .dx = true, .adapter_gradients = true, .gap = 8},
     };
     for (int type = 1; type < 3; type++) {
         for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
