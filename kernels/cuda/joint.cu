@@ -2,10 +2,11 @@
  * second product, a linear layer's adapter, added while the first is still in registers.
  *
  * Two blocks of a cluster make 256 by 256 of C, one above the other. In each a warpgroup of 128 threads has the copy
- * engine fill a ring of STAGES tiles, 128 by 64 of A and 64 by 256 of B, and two others multiply, 64 rows each. The two
+ * engine fill a ring of tiles, 128 by 64 of A and 64 by 256 of B, and two others multiply, 64 rows each. The two
  * blocks need the same tile of B: each fetches half of it for both. A tile outside the operands is zeros, which is how
- * odd sizes and the short second product are padded. Tiles of C leave through shared memory and the copy engine while
- * the next is being multiplied. Blocks stay and take every (number of clusters)th tile.
+ * odd sizes and the short second product are padded. Tiles of C leave through shared memory and the copy engine, 64
+ * columns after 64, the last of them while the next tile is being multiplied. Where C accumulates there is a stage less
+ * and room for a whole tile, so that what C holds comes meanwhile. Blocks stay and take every (number of clusters)th tile.
  *
  * Shared memory of tiles is as TMA and wgmma want it: rows of 128 bytes whose 16-byte pieces are permuted by the row's
  * last three bits. */
@@ -23,7 +24,7 @@ enum {
     TILE_N = 256,
     TILE_K = 64,
     BOX = 64, /* columns of 128 bytes */
-    STAGES = 3,
+    STAGES_MOST = 4,
     CLUSTER = 2,
     WARPGROUP = 128,
     CONSUMERS = 2,
@@ -32,9 +33,10 @@ enum {
     A_BYTES = TILE_M * TILE_K * 2,
     B_BYTES = TILE_N * TILE_K * 2,
     STAGE_BYTES = A_BYTES + B_BYTES,
-    C_BYTES = TILE_M * TILE_N * 2,
+    C_BOXES = TILE_N / BOX,
     C_BOX_BYTES = 64 * BOX * 2, /* a consumer's 64 rows */
-    SHARED_BYTES = STAGES * STAGE_BYTES + C_BYTES + 1024 + 256,
+    C_SLOTS = 2,                /* boxes on their way out, of a consumer */
+    SHARED_BYTES = STAGES_MOST * STAGE_BYTES + CONSUMERS * C_SLOTS * C_BOX_BYTES + 1024 + 256,
     STEP_K = 16,
     ACCUMULATORS = TILE_N / 2, /* of a thread */
 };
@@ -46,6 +48,13 @@ struct sizes {
 };
 
 #if CUDA_HOPPER
+
+/* What one stage less leaves is enough for a tile of C. */
+static_assert(STAGE_BYTES >= CONSUMERS * (C_BOXES - C_SLOTS) * C_BOX_BYTES, "room for all boxes");
+__device__ __forceinline__ int stages_of(bool accumulate)
+{
+    return STAGES_MOST - accumulate;
+}
 
 /* ---- the two blocks of a cluster ---- */
 
@@ -179,7 +188,7 @@ __device__ __forceinline__ struct position position_of(const struct sizes &s, in
 
 struct shared {
     unsigned char *tiles, *c;
-    uint64_t *full, *empty; /* [STAGES] */
+    uint64_t *full, *empty; /* [STAGES_MOST] */
     uint64_t *old;          /* [CONSUMERS]: what C holds has come */
 };
 
@@ -190,12 +199,12 @@ __device__ __forceinline__ void produce(const struct sizes &s, const struct shar
                                         const CUtensorMap *b2)
 {
     const int rank = (int)cluster_rank(), steps = (s.k + TILE_K - 1) / TILE_K,
-              steps2 = (s.k2 + TILE_K - 1) / TILE_K;
+              steps2 = (s.k2 + TILE_K - 1) / TILE_K, stages = stages_of(s.accumulate);
     struct tile_ring ring = {0, 1}; /* everything is empty at first */
     for (int tile = blockIdx.x / CLUSTER; tile < s.tiles_m * s.tiles_n; tile += gridDim.x / CLUSTER) {
         struct position at = position_of(s, tile);
         int row = (at.m * CLUSTER + rank) * TILE_M, column = at.n * TILE_N;
-        for (int i = 0; i < steps + steps2; i++, ring.next(STAGES)) {
+        for (int i = 0; i < steps + steps2; i++, ring.next(stages)) {
             const CUtensorMap *left = i < steps ? a : a2, *right = i < steps ? b : b2;
             int k = (i < steps ? i : i - steps) * TILE_K;
             uint64_t *full = &shared.full[ring.stage];
@@ -225,17 +234,15 @@ template <typename T> __device__ __forceinline__ uint32_t pair_of(float low, flo
     }
 }
 
-/* A consumer's 64 by 256 numbers to its part of shared memory, four boxes of 64 columns; on top of what is there when
- * `add`. */
+/* A consumer's 64 by 256 numbers, 64 columns of them, to a box in shared memory; on top of what is there when `add`. */
 template <typename T>
-__device__ __forceinline__ void put_tile(unsigned char *to, int warp, int lane, bool add,
-                                         const float (&d)[ACCUMULATORS])
+__device__ __forceinline__ void put_box(unsigned char *to, int warp, int lane, bool add, const float *d)
 {
     int row = warp * 16 + lane % 16; /* of the 8 by 8 matrix whose row this lane addresses */
     uint32_t base = shared_address(to) + row * 128;
 #pragma unroll
-    for (int j = 0; j < ACCUMULATORS / 4; j += 2) {
-        uint32_t at = base + j / 8 * C_BOX_BYTES + (((j % 8 + lane / 16) ^ (row % 8)) * 16);
+    for (int j = 0; j < BOX / 8; j += 2) {
+        uint32_t at = base + (((j + lane / 16) ^ (row % 8)) * 16);
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -266,9 +273,10 @@ __device__ __forceinline__ void consume(const struct sizes &s, const struct shar
                                         const CUtensorMap *c, int consumer)
 {
     const int rank = (int)cluster_rank(), steps = (s.k + TILE_K - 1) / TILE_K,
-              steps2 = (s.k2 + TILE_K - 1) / TILE_K;
+              steps2 = (s.k2 + TILE_K - 1) / TILE_K, stages = stages_of(s.accumulate);
     const int thread = threadIdx.x % WARPGROUP, warp = thread / WARP, lane = thread % WARP;
-    unsigned char *const mine = shared.c + consumer * (C_BYTES / CONSUMERS);
+    const int slots = s.accumulate ? C_BOXES : C_SLOTS;
+    unsigned char *const mine = shared.c + consumer * slots * C_BOX_BYTES;
     struct tile_ring ring = {0, 0};
     uint32_t old_phase = 0;
     for (int tile = blockIdx.x / CLUSTER; tile < s.tiles_m * s.tiles_n; tile += gridDim.x / CLUSTER) {
@@ -277,12 +285,12 @@ __device__ __forceinline__ void consume(const struct sizes &s, const struct shar
         int row = (at.m * CLUSTER + rank) * TILE_M + consumer * 64, column = at.n * TILE_N;
         if (s.accumulate && thread == 0) {
             asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* the last tile has left */
-            barrier_expect(&shared.old[consumer], C_BYTES / CONSUMERS);
-            for (int box = 0; box < TILE_N / BOX; box++)
+            barrier_expect(&shared.old[consumer], C_BOXES * C_BOX_BYTES);
+            for (int box = 0; box < C_BOXES; box++)
                 tile_load(mine + box * C_BOX_BYTES, c, column + box * BOX, row, &shared.old[consumer]);
         }
         int before = -1; /* the stage whose products may still be under way */
-        for (int i = 0; i < steps + steps2; i++, ring.next(STAGES)) {
+        for (int i = 0; i < steps + steps2; i++, ring.next(stages)) {
             const unsigned char *a =
                 shared.tiles + ring.stage * STAGE_BYTES + consumer * (A_BYTES / CONSUMERS);
             const unsigned char *b = shared.tiles + ring.stage * STAGE_BYTES + A_BYTES;
@@ -308,18 +316,23 @@ __device__ __forceinline__ void consume(const struct sizes &s, const struct shar
         if (s.accumulate) {
             barrier_wait(&shared.old[consumer], old_phase);
             old_phase ^= 1;
-        } else if (thread == 0) {
-            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
         }
-        consumer_sync(consumer);
-        put_tile<T>(mine, warp, lane, s.accumulate, d);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        consumer_sync(consumer);
-        if (thread == 0 && row < s.m) {
-            for (int box = 0; box < TILE_N / BOX; box++)
-                if (column + box * BOX < s.n)
-                    tile_store(c, mine + box * C_BOX_BYTES, column + box * BOX, row);
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#pragma unroll
+        for (int box = 0; box < C_BOXES; box++) {
+            unsigned char *to = mine + (s.accumulate ? box : box % C_SLOTS) * C_BOX_BYTES;
+            if (!s.accumulate) {
+                if (thread == 0) /* all but the box in front have left */
+                    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(C_SLOTS - 1) : "memory");
+                consumer_sync(consumer);
+            }
+            put_box<T>(to, warp, lane, s.accumulate, d + box * (BOX / 2));
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            consumer_sync(consumer);
+            if (thread == 0) {
+                if (row < s.m && column + box * BOX < s.n)
+                    tile_store(c, to, column + box * BOX, row);
+                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            }
         }
     }
     if (thread == 0)
@@ -338,12 +351,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ unsigned char memory[];
     struct shared shared;
     shared.tiles = memory + (1024 - shared_address(memory) % 1024) % 1024;
-    shared.c = shared.tiles + STAGES * STAGE_BYTES;
-    shared.full = (uint64_t *)(shared.c + C_BYTES);
-    shared.empty = shared.full + STAGES;
-    shared.old = shared.empty + STAGES;
+    shared.c = shared.tiles + stages_of(s.accumulate) * STAGE_BYTES;
+    shared.full = (uint64_t *)(shared.tiles + STAGES_MOST * STAGE_BYTES + CONSUMERS * C_SLOTS * C_BOX_BYTES);
+    shared.empty = shared.full + STAGES_MOST;
+    shared.old = shared.empty + STAGES_MOST;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < STAGES_MOST; i++) {
             barrier_init(&shared.full[i], 1);
             barrier_init(&shared.empty[i], CLUSTER * CONSUMERS * WARPGROUP / WARP);
         }
