@@ -71,11 +71,11 @@ template <typename T> static __device__ __forceinline__ uint32_t pair_rounded(fl
     return pair_of(from_float<T>(low), from_float<T>(high));
 }
 
-/* A low-rank path's first factor, scaled, [8,k] for product_64x8: boxes of 64 k, zeros beyond k and rank. From rows of k, or
- * rows of rank where not BY_RANK; by THREADS threads. */
+/* A low-rank path's first factor, scaled, [8,k] for product_64x8: boxes of 64 k, zeros beyond k and rank. From rows of k
+ * that are `stride` apart, or rows of rank where not BY_RANK; by THREADS threads. */
 template <typename T, bool BY_RANK, int THREADS>
-static __device__ __forceinline__ void load_first(unsigned char *to, const float *factor, float scale, int k,
-                                                  int rank)
+static __device__ __forceinline__ void load_first(unsigned char *to, const float *factor, int64_t stride,
+                                                  float scale, int k, int rank)
 {
     const int pieces = (k + 63) / 64 * 8; /* of 8 k */
 #pragma unroll 2
@@ -85,7 +85,7 @@ static __device__ __forceinline__ void load_first(unsigned char *to, const float
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int at = piece * 8 + j;
-            v[j] = r < rank && at < k ? factor[BY_RANK ? (int64_t)r * k + at : (int64_t)at * rank + r] : 0.0f;
+            v[j] = r < rank && at < k ? factor[BY_RANK ? r * stride + at : (int64_t)at * rank + r] : 0.0f;
         }
         uint4 packed = {
             pair_rounded<T>(scale * v[0], scale * v[1]), pair_rounded<T>(scale * v[2], scale * v[3]),

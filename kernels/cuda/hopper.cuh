@@ -110,6 +110,21 @@ static __device__ __forceinline__ void cluster_sync()
                      : "memory");
 }
 
+/* What lies in the shared memory of block `rank` of the cluster where `at` is in this one's. */
+static __device__ __forceinline__ float4 cluster_load(const float4 *at, int rank)
+{
+    float4 v;
+    asm volatile("{\n"
+                 ".reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+                 "}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(shared_address(at)), "r"(rank)
+                 : "memory");
+    return v;
+}
+
 /* Where one is in a ring of tiles: the barriers' phase changes from round to round. */
 struct tile_ring {
     int stage;

@@ -4,8 +4,10 @@
  * A block has 128 rows of y and walks along x: a warp has the copy engine fill a ring of stages, 64 columns of x and what
  * of W belongs to them. Two warpgroups multiply 64 rows each, with W and with `first`, which a block keeps in shared
  * memory. In the backward a third one takes the same stages the other way round for first_gradient: its part for 64
- * columns is complete with the stage and goes out. Every block keeps its rows to itself: where there are so few that
- * many blocks would have none, cuda_narrow_can says no. */
+ * columns is complete with the stage and goes out.
+ *
+ * Where there are so few rows that many blocks would have none, the SPLITS blocks of a cluster share 128 rows: each has a
+ * part of x's columns, and what they summed is added, in order, by the one that finishes those rows. */
 #include "kernels/cuda/narrow.cuh"
 
 #include "kernels/cuda/fragments.cuh"
@@ -25,8 +27,12 @@ enum {
     CHUNK_BYTES = BOX * CHUNK * 2,
     STEP_K = 16,
     K_LEAST = 256,
-    ROWS_LEAST = 8192, /* they are what is divided between blocks: with fewer, cuBLAS is faster */
-    K_SHORT = 1280,    /* unless there is little to do anyway */
+    ROWS_LEAST = 8192, /* of tiles that one block has: with fewer, many would have none */
+    SPLITS = 2,        /* blocks that share a tile; of clusters of four only 30 fit a GPU of 132 */
+    SPLIT_ROWS = ROWS / SPLITS,
+    SPLIT_ROWS_LEAST = 2048,
+    SPLIT_K_LEAST = 2048,
+    K_SHORT = 1280, /* with little to do rows do not matter */
     STAGES_MOST = 8,
     STAGES_LEAST = 3, /* which also have room for the gradients of all warps */
     BLOCKS = 132,     /* as skinny.cu's */
@@ -41,33 +47,44 @@ enum {
 struct parameters {
     int64_t rows;
     int k, n, rank, stages;
-    int boxes; /* of k */
+    int boxes; /* of k, of a block */
     const float *first, *second;
     float first_scale, second_scale;
     void *y;
     int64_t y_stride;
     void *middle;
     const void *middle_in;
-    float *first_parts, *second_parts; /* [blocks][columns][RANKS] */
+    float *first_parts, *second_parts; /* [parts][columns][RANKS] */
 };
 
 /* ---- how the work is divided, by sizes alone ---- */
 
 struct partition {
+    int splits; /* 1 or SPLITS */
     int chunks, boxes, stages;
-    int64_t blocks;
+    int64_t blocks, first_parts, second_parts;
     int shared; /* bytes */
 };
+
+/* Parts of a tile's gradients then take no more than those of blocks with rows of their own would: see
+ * cuda_narrow_workspace. */
+bool splits(int64_t rows, int64_t k)
+{
+    return rows >= SPLIT_ROWS_LEAST && rows < ROWS_LEAST && k >= SPLIT_K_LEAST;
+}
 
 struct partition partition_of(int64_t rows, int64_t k, int64_t n, bool gradients)
 {
     struct partition p = {};
     int64_t tiles = divide_up(rows, ROWS);
+    p.splits = splits(rows, k) ? (int)SPLITS : 1;
     p.chunks = (int)divide_up(n, CHUNK);
-    p.boxes = (int)divide_up(k, BOX);
-    p.blocks = tiles < BLOCKS ? tiles : (int64_t)BLOCKS;
+    p.boxes = (int)divide_up(divide_up(k, BOX), p.splits);
+    p.blocks = p.splits > 1 ? tiles * SPLITS : tiles < BLOCKS ? tiles : (int64_t)BLOCKS;
+    p.first_parts = p.splits > 1 ? tiles : p.blocks;
+    p.second_parts = p.splits > 1 ? tiles * (ROWS / 16) : p.blocks;
     int fixed = p.boxes * FIRST_BOX_BYTES + p.chunks * CHUNK * SECOND_STRIDE * 2 + 1024 + 256 +
-                (gradients ? p.chunks * X_BYTES : 0);
+                (gradients ? p.chunks * X_BYTES / p.splits : 0);
     int stage = X_BYTES + p.chunks * CHUNK_BYTES, stages = (SHARED_MOST - fixed) / stage;
     p.stages = stages < STAGES_MOST ? stages : (int)STAGES_MOST;
     p.shared = fixed + p.stages * stage;
@@ -84,22 +101,41 @@ struct shared {
     uint64_t *full, *empty, *other_full, *other_empty;
 };
 
+/* What a block has: every tile_step-th tile from `tile` on, and boxes of x's columns from `box` to `end`. */
+struct share {
+    int64_t tile, tile_step;
+    int box, end;
+};
+
+template <bool SPLIT> __device__ __forceinline__ struct share share_of(const struct parameters &p)
+{
+    struct share s = {blockIdx.x, gridDim.x, 0, p.boxes};
+    if (SPLIT) {
+        s.tile = blockIdx.x / SPLITS, s.tile_step = gridDim.x / SPLITS;
+        s.box = (int)(blockIdx.x % SPLITS) * p.boxes;
+        s.end = min(s.box + p.boxes, (p.k + BOX - 1) / BOX);
+    }
+    return s;
+}
+
 /* One thread. */
-template <int CHUNKS, bool TRANSPOSED>
+template <int CHUNKS, bool TRANSPOSED, bool SPLIT>
 __device__ __forceinline__ void produce(const struct parameters &p, const struct shared &shared,
                                         const CUtensorMap *x, const CUtensorMap *weight,
                                         const CUtensorMap *other)
 {
     constexpr int BYTES = X_BYTES + CHUNKS * CHUNK_BYTES;
+    const struct share share = share_of<SPLIT>(p);
     struct tile_ring ring = {0, 1}; /* everything is empty at first */
     uint32_t other_phase = 1;
-    for (int64_t row = (int64_t)blockIdx.x * ROWS; row < p.rows; row += (int64_t)gridDim.x * ROWS) {
-        for (int i = 0; i < p.boxes; i++, ring.next(p.stages)) {
+    for (int64_t tile = share.tile; tile * ROWS < p.rows; tile += share.tile_step) {
+        const int row = (int)(tile * ROWS);
+        for (int i = share.box; i < share.end; i++, ring.next(p.stages)) {
             uint64_t *full = &shared.full[ring.stage];
             unsigned char *to = shared.ring + ring.stage * BYTES;
             barrier_wait(&shared.empty[ring.stage], ring.phase);
             barrier_expect(full, BYTES);
-            tile_load(to, x, i * BOX, (int)row, full);
+            tile_load(to, x, i * BOX, row, full);
             if (TRANSPOSED)
                 tile_load(to + X_BYTES, weight, i * BOX, 0, full);
             else
@@ -107,10 +143,12 @@ __device__ __forceinline__ void produce(const struct parameters &p, const struct
                     tile_load(to + X_BYTES + j * CHUNK_BYTES, weight, j * CHUNK, i * BOX, full);
         }
         if (!TRANSPOSED) {
+            constexpr int OTHER_BYTES = SPLIT ? X_BYTES / SPLITS : X_BYTES;
+            const int first = row + (SPLIT ? (int)(blockIdx.x % SPLITS) * SPLIT_ROWS : 0);
             barrier_wait(shared.other_empty, other_phase);
-            barrier_expect(shared.other_full, CHUNKS * X_BYTES);
+            barrier_expect(shared.other_full, CHUNKS * OTHER_BYTES);
             for (int j = 0; j < CHUNKS; j++)
-                tile_load(shared.other + j * X_BYTES, other, j * CHUNK, (int)row, shared.other_full);
+                tile_load(shared.other + j * OTHER_BYTES, other, j * CHUNK, first, shared.other_full);
             other_phase ^= 1;
         }
     }
@@ -118,10 +156,14 @@ __device__ __forceinline__ void produce(const struct parameters &p, const struct
 
 /* Both factors, in the type of the activations, to shared memory; by all consumers. */
 template <typename T, int CHUNKS, bool TRANSPOSED>
-__device__ __forceinline__ void load_factors(const struct parameters &p, const struct shared &shared)
+__device__ __forceinline__ void load_factors(const struct parameters &p, const struct shared &shared,
+                                             const struct share &share)
 {
-    load_first<T, TRANSPOSED, CONSUMER_THREADS>(shared.first, p.first, TRANSPOSED ? 1.0f : p.first_scale, p.k,
-                                                p.rank);
+    const int column = share.box * BOX;
+    load_first<T, TRANSPOSED, CONSUMER_THREADS>(
+        shared.first, p.first + (int64_t)column * (TRANSPOSED ? 1 : p.rank), p.k,
+        TRANSPOSED ? 1.0f : p.first_scale, min(p.k, share.end * BOX) - column, p.rank);
+#pragma unroll
     for (int i = threadIdx.x; i < CHUNKS * CHUNK * STEP_K; i += CONSUMER_THREADS) {
         int r = TRANSPOSED ? i % STEP_K : i / (CHUNKS * CHUNK),
             n = TRANSPOSED ? i / STEP_K : i % (CHUNKS * CHUNK);
@@ -130,43 +172,101 @@ __device__ __forceinline__ void load_factors(const struct parameters &p, const s
     }
 }
 
+/* y and middle of a warp's 16 rows, lane / 4 and 8 further down from `row` on, once their sums are complete: of COUNT times
+ * eight columns, from `column` on. */
+template <typename T, int COUNT>
+__device__ __forceinline__ void write_rows(const struct parameters &p, const struct shared &shared,
+                                           int64_t row, int column, int lane, const uint32_t (&factor)[4],
+                                           const float (&d)[COUNT][4])
+{
+#pragma unroll
+    for (int j = 0; j < COUNT; j++, column += 8) {
+        const T *at = (const T *)shared.second + (column + lane / 4) * SECOND_STRIDE + lane % 4 * 2;
+        float c[4] = {d[j][0], d[j][1], d[j][2], d[j][3]};
+        multiply_fragment<T>(c, factor, *(const uint32_t *)at, 0);
+        T *to = (T *)p.y + row * p.y_stride + column + lane % 4 * 2;
+        if (column < p.n && row < p.rows)
+            *(uint32_t *)to = pair_rounded<T>(c[0], c[1]);
+        if (column < p.n && row + 8 < p.rows)
+            *(uint32_t *)(to + 8 * p.y_stride) = pair_rounded<T>(c[2], c[3]);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void write_middle(const struct parameters &p, int64_t row, int lane,
+                                             const float (&middle)[4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int64_t to = row + i / 2 * 8;
+        int r = lane % 4 * 2 + i % 2;
+        if (to < p.rows && r < p.rank)
+            ((T *)p.middle)[to * p.rank + r] = from_float<T>(middle[i]);
+    }
+}
+
+/* This block's sums for a tile, for whoever finishes the rows: [warp][8 columns after 8][lane], then middle's; where the
+ * ring was. */
+template <int CHUNKS>
+__device__ __forceinline__ void leave_sums(const struct shared &shared, const float (&d)[CHUNKS * 8][4],
+                                           const float (&middle)[4])
+{
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float4 *to = (float4 *)shared.ring + warp * (CHUNKS * 8 + 1) * WARP + lane;
+#pragma unroll
+    for (int j = 0; j < CHUNKS * 8; j++)
+        to[j * WARP] = make_float4(d[j][0], d[j][1], d[j][2], d[j][3]);
+    to[CHUNKS * 8 * WARP] = make_float4(middle[0], middle[1], middle[2], middle[3]);
+}
+
+/* What the blocks of the cluster left at one place, added in order. */
+__device__ __forceinline__ void add_sums(const float4 *at, float (&sum)[4])
+{
+    float4 v[SPLITS];
+#pragma unroll
+    for (int i = 0; i < SPLITS; i++)
+        v[i] = cluster_load(at, i);
+    sum[0] = v[0].x, sum[1] = v[0].y, sum[2] = v[0].z, sum[3] = v[0].w;
+#pragma unroll
+    for (int i = 1; i < SPLITS; i++)
+        sum[0] += v[i].x, sum[1] += v[i].y, sum[2] += v[i].z, sum[3] += v[i].w;
+}
+
 /* Two warpgroups: y, middle, and what second_gradient is made of. */
-template <typename T, int CHUNKS, bool TRANSPOSED>
+template <typename T, int CHUNKS, bool TRANSPOSED, bool SPLIT>
 __device__ __forceinline__ void multiply_rows(const struct parameters &p, const struct shared &shared)
 {
-    constexpr bool GRADIENT = !TRANSPOSED;
+    constexpr bool GRADIENT = !TRANSPOSED && !SPLIT;
     constexpr int BYTES = X_BYTES + CHUNKS * CHUNK_BYTES;
+    const struct share share = share_of<SPLIT>(p);
     const int group = threadIdx.x / WARPGROUP, lane = threadIdx.x % WARP;
     const int warp_rows = threadIdx.x / WARP * 16; /* where they begin in the tile */
     float gradient[GRADIENT ? CHUNKS * 4 : 1][4] = {};
 
-    load_factors<T, CHUNKS, TRANSPOSED>(p, shared);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    numbered_wait(2, CONSUMER_THREADS);
-
     struct tile_ring ring = {0, 0};
     uint32_t other_phase = 0;
-    for (int64_t tile = blockIdx.x; tile * ROWS < p.rows; tile += gridDim.x) {
+    for (int64_t tile = share.tile; tile * ROWS < p.rows; tile += share.tile_step) {
         float d[CHUNKS][32], middle[4];
         int before = -1; /* the stage whose products may still be under way */
 #pragma unroll 1
-        for (int i = 0; i < p.boxes; i++, ring.next(p.stages)) {
+        for (int i = share.box; i < share.end; i++, ring.next(p.stages)) {
             const unsigned char *x = shared.ring + ring.stage * BYTES, *weight = x + X_BYTES,
-                                *first = shared.first + i * FIRST_BOX_BYTES;
+                                *first = shared.first + (i - share.box) * FIRST_BOX_BYTES;
+            const bool add = i > share.box;
             x += group * (X_BYTES / CONSUMERS);
             barrier_wait(&shared.full[ring.stage], ring.phase);
             product_begin();
 #pragma unroll
             for (int k = 0; k < BOX / STEP_K; k++) {
                 uint64_t a = tile_descriptor(x + k * STEP_K * 2);
-                product_64x8<T>(middle, a, tile_descriptor(first + k * STEP_K * 2), i > 0 || k > 0);
+                product_64x8<T>(middle, a, tile_descriptor(first + k * STEP_K * 2), add || k > 0);
 #pragma unroll
                 for (int j = 0; j < CHUNKS; j++)
                     product_64x64<T, TRANSPOSED>(
                         d[j], a,
                         tile_descriptor(weight + j * CHUNK_BYTES +
                                         k * STEP_K * (TRANSPOSED ? 2 : TILE_ROW_BYTES)),
-                        i > 0 || k > 0);
+                        add || k > 0);
             }
             product_commit();
             product_wait<1>();
@@ -181,31 +281,20 @@ __device__ __forceinline__ void multiply_rows(const struct parameters &p, const 
             product_take(d[j]);
         if (lane == 0)
             barrier_arrive(&shared.empty[before]);
+        float(&sums)[CHUNKS * 8][4] = *(float(*)[CHUNKS * 8][4]) & d;
 
-        const int64_t row = tile * ROWS + warp_rows + lane / 4; /* and 8 further down */
+        if constexpr (SPLIT) {
+            /* Everybody of the block is done with the ring. */
+            numbered_wait(1, CONSUMER_THREADS + (TRANSPOSED ? 0 : WARPGROUP));
+            leave_sums<CHUNKS>(shared, sums, middle);
+            return;
+        }
+        const int64_t row = tile * ROWS + warp_rows + lane / 4;
         const uint32_t factor[4] = {pair_rounded<T>(middle[0], middle[1]),
                                     pair_rounded<T>(middle[2], middle[3]), 0, 0};
         if (p.middle != NULL)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int64_t to = row + i / 2 * 8;
-                int r = lane % 4 * 2 + i % 2;
-                if (to < p.rows && r < p.rank)
-                    ((T *)p.middle)[to * p.rank + r] = from_float<T>(middle[i]);
-            }
-#pragma unroll
-        for (int j = 0; j < CHUNKS * 8; j++) {
-            const int column = j * 8;
-            const T *at = (const T *)shared.second + (column + lane / 4) * SECOND_STRIDE + lane % 4 * 2;
-            float c[4] = {d[j / 8][j % 8 * 4], d[j / 8][j % 8 * 4 + 1], d[j / 8][j % 8 * 4 + 2],
-                          d[j / 8][j % 8 * 4 + 3]};
-            multiply_fragment<T>(c, factor, *(const uint32_t *)at, 0);
-            T *to = (T *)p.y + row * p.y_stride + column + lane % 4 * 2;
-            if (column < p.n && row < p.rows)
-                *(uint32_t *)to = pair_rounded<T>(c[0], c[1]);
-            if (column < p.n && row + 8 < p.rows)
-                *(uint32_t *)(to + 8 * p.y_stride) = pair_rounded<T>(c[2], c[3]);
-        }
+            write_middle<T>(p, row, lane, middle);
+        write_rows<T, CHUNKS * 8>(p, shared, row, 0, lane, factor, sums);
         if constexpr (GRADIENT) {
             uint32_t low[2] = {transpose_fragment(factor[0]), transpose_fragment(factor[1])}, a[4];
             barrier_wait(shared.other_full, other_phase);
@@ -243,15 +332,60 @@ __device__ __forceinline__ void multiply_rows(const struct parameters &p, const 
     }
 }
 
+/* Two warpgroups, once all blocks of the cluster have left their sums: the rest of this block's part of the rows. SPLITS
+ * warps have 16 rows, each some of the columns. */
+template <typename T, int CHUNKS, bool TRANSPOSED>
+__device__ __forceinline__ void finish_rows(const struct parameters &p, const struct shared &shared)
+{
+    constexpr int COUNT = CHUNKS * 8 / SPLITS; /* of 8 columns, of a warp */
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = warp % SPLITS;
+    const int within = warp / SPLITS * 16; /* where the warp's rows begin in the block's */
+    const int warp_rows = (int)(blockIdx.x % SPLITS) * SPLIT_ROWS + within; /* and in the tile */
+    const int64_t tile = blockIdx.x / SPLITS, row = tile * ROWS + warp_rows + lane / 4;
+    const float4 *from = (const float4 *)shared.ring + warp_rows / 16 * (CHUNKS * 8 + 1) * WARP + lane;
+    float sums[COUNT][4], middle[4];
+    add_sums(from + CHUNKS * 8 * WARP, middle);
+#pragma unroll
+    for (int j = 0; j < COUNT; j++)
+        add_sums(from + (part * COUNT + j) * WARP, sums[j]);
+    const uint32_t factor[4] = {pair_rounded<T>(middle[0], middle[1]), pair_rounded<T>(middle[2], middle[3]),
+                                0, 0};
+    if (p.middle != NULL && part == 0)
+        write_middle<T>(p, row, lane, middle);
+    write_rows<T, COUNT>(p, shared, row, part * COUNT * 8, lane, factor, sums);
+    if constexpr (!TRANSPOSED) {
+        uint32_t low[2] = {transpose_fragment(factor[0]), transpose_fragment(factor[1])}, a[4];
+        barrier_wait(shared.other_full, 0);
+#pragma unroll
+        for (int j = 0; j < COUNT / 2; j++) {
+            const int piece = (part * COUNT / 2 + j) * 2; /* of 8 columns */
+            float gradient[4] = {};
+            load_fragment<true>(shared_address(shared.other) + piece / 8 * (X_BYTES / SPLITS) +
+                                    within * TILE_ROW_BYTES,
+                                lane, piece % 8, a);
+            multiply_fragment<T>(gradient, a, low[0], low[1]);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int column = piece * 8 + half * 8 + lane / 4;
+                float *to = p.second_parts + ((tile * (ROWS / 16) + warp_rows / 16) * p.n + column) * RANKS +
+                            lane % 4 * 2;
+                if (column < p.n)
+                    *(float2 *)to = make_float2(gradient[2 * half], gradient[2 * half + 1]);
+            }
+        }
+    }
+}
+
 /* One warpgroup: first_gradient's part of the block's columns. */
-template <typename T, int CHUNKS>
+template <typename T, int CHUNKS, bool SPLIT>
 __device__ __forceinline__ void multiply_columns(const struct parameters &p, const struct shared &shared)
 {
     constexpr int BYTES = X_BYTES + CHUNKS * CHUNK_BYTES;
+    const struct share share = share_of<SPLIT>(p);
     const int warp = threadIdx.x % WARPGROUP / WARP, lane = threadIdx.x % WARP;
-    float *const part = p.first_parts + (int64_t)blockIdx.x * p.k * RANKS + lane % 4 * 2;
+    float *const part = p.first_parts + share.tile * p.k * RANKS + lane % 4 * 2;
     struct tile_ring ring = {0, 0};
-    for (int64_t tile = blockIdx.x; tile * ROWS < p.rows; tile += gridDim.x) {
+    for (int64_t tile = share.tile; tile * ROWS < p.rows; tile += share.tile_step) {
         uint32_t in[ROWS / 16][2];
 #pragma unroll
         for (int i = 0; i < ROWS / 16; i++)
@@ -267,14 +401,14 @@ __device__ __forceinline__ void multiply_columns(const struct parameters &p, con
                 }
                 in[i][half] = pair_of(both[0], both[1]);
             }
-        for (int i = 0; i < p.boxes; i++, ring.next(p.stages)) {
+        for (int i = share.box; i < share.end; i++, ring.next(p.stages)) {
             const int column = i * BOX + warp * 16 + lane / 4;
             float2 *to[2] = {(float2 *)&part[(int64_t)column * RANKS],
                              (float2 *)&part[(int64_t)(column + 8) * RANKS]};
             float2 sum[2] = {};
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                if (tile != blockIdx.x && column + 8 * half < p.k)
+                if (tile != share.tile && column + 8 * half < p.k)
                     sum[half] = *to[half];
             float c[4] = {};
             barrier_wait(&shared.full[ring.stage], ring.phase);
@@ -299,7 +433,7 @@ __device__ __forceinline__ void multiply_columns(const struct parameters &p, con
 
 #endif
 
-template <typename T, int CHUNKS, bool TRANSPOSED>
+template <typename T, int CHUNKS, bool TRANSPOSED, bool SPLIT>
 __global__ void __launch_bounds__(CONSUMER_THREADS + (TRANSPOSED ? 0 : WARPGROUP) + WARP, 1)
     narrow_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                   const __grid_constant__ CUtensorMap other, const struct parameters p)
@@ -311,7 +445,7 @@ __global__ void __launch_bounds__(CONSUMER_THREADS + (TRANSPOSED ? 0 : WARPGROUP
     shared.ring = memory + (1024 - shared_address(memory) % 1024) % 1024;
     shared.first = shared.ring + p.stages * (X_BYTES + CHUNKS * CHUNK_BYTES);
     shared.other = shared.first + p.boxes * FIRST_BOX_BYTES;
-    shared.second = shared.other + (TRANSPOSED ? 0 : CHUNKS * X_BYTES);
+    shared.second = shared.other + (TRANSPOSED ? 0 : CHUNKS * X_BYTES / (SPLIT ? SPLITS : 1));
     shared.full = (uint64_t *)(shared.second + CHUNKS * CHUNK * SECOND_STRIDE * 2);
     shared.empty = shared.full + STAGES_MOST;
     shared.other_full = shared.empty + STAGES_MOST;
@@ -326,13 +460,25 @@ __global__ void __launch_bounds__(CONSUMER_THREADS + (TRANSPOSED ? 0 : WARPGROUP
         barrier_inits_done();
     }
     __syncthreads();
+    /* No kernel that lets the next one begin before its end writes a layer's factors. */
+    if (threadIdx.x < CONSUMER_THREADS)
+        load_factors<T, CHUNKS, TRANSPOSED>(p, shared, share_of<SPLIT>(p));
     chain_wait();
     if (threadIdx.x < CONSUMER_THREADS) {
-        multiply_rows<T, CHUNKS, TRANSPOSED>(p, shared);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        numbered_wait(2, CONSUMER_THREADS);
+        multiply_rows<T, CHUNKS, TRANSPOSED, SPLIT>(p, shared);
     } else if (threadIdx.x < PRODUCER) {
-        multiply_columns<T, CHUNKS>(p, shared);
+        multiply_columns<T, CHUNKS, SPLIT>(p, shared);
     } else if (threadIdx.x % WARP == 0) {
-        produce<CHUNKS, TRANSPOSED>(p, shared, &x, &weight, &other);
+        produce<CHUNKS, TRANSPOSED, SPLIT>(p, shared, &x, &weight, &other);
+    }
+    if constexpr (SPLIT) {
+        __syncwarp();
+        cluster_sync();
+        if (threadIdx.x < CONSUMER_THREADS)
+            finish_rows<T, CHUNKS, TRANSPOSED>(p, shared);
+        cluster_sync(); /* others may still read what this block left */
     }
 #endif
 }
@@ -373,10 +519,13 @@ template <typename T, int CHUNKS>
 int launch(struct kernel_device *device, const struct partition &part, const CUtensorMap (&maps)[3],
            const struct parameters &p, bool transposed)
 {
-    auto kernel = transposed ? narrow_kernel<T, CHUNKS, true> : narrow_kernel<T, CHUNKS, false>;
+    auto kernel =
+        part.splits > 1
+            ? (transposed ? narrow_kernel<T, CHUNKS, true, true> : narrow_kernel<T, CHUNKS, false, true>)
+            : (transposed ? narrow_kernel<T, CHUNKS, true, false> : narrow_kernel<T, CHUNKS, false, false>);
     int threads = CONSUMER_THREADS + (transposed ? 0 : WARPGROUP) + WARP;
-    return cuda_launch_chained(device, kernel, dim3((unsigned)part.blocks), threads, part.shared, 1, maps[0],
-                               maps[1], maps[2], p);
+    return cuda_launch_chained(device, kernel, dim3((unsigned)part.blocks), threads, part.shared, part.splits,
+                               maps[0], maps[1], maps[2], p);
 }
 
 template <typename T>
@@ -396,8 +545,8 @@ bool rows_fit(const void *p, int64_t stride)
 /* To few columns: what this file does itself. */
 bool reduces(const struct narrow_layer *l)
 {
-    return (l->rows >= ROWS_LEAST || l->k <= K_SHORT) && l->k >= K_LEAST && l->n <= CHUNKS_MOST * CHUNK &&
-           l->n % 8 == 0 && !l->accumulate &&
+    return (l->rows >= ROWS_LEAST || l->k <= K_SHORT || splits(l->rows, l->k)) && l->k >= K_LEAST &&
+           l->n <= CHUNKS_MOST * CHUNK && l->n % 8 == 0 && !l->accumulate &&
            partition_of(l->rows, l->k, l->n, !l->transposed).stages >= STAGES_LEAST;
 }
 
@@ -414,7 +563,7 @@ int reduce(struct kernel_device *device, const struct narrow_layer *l)
     p.y = l->y, p.y_stride = l->y_stride;
     p.middle = l->middle, p.middle_in = l->middle_in;
     p.first_parts = (float *)l->workspace;
-    p.second_parts = p.first_parts + part.blocks * l->k * RANKS;
+    p.second_parts = p.first_parts + part.first_parts * l->k * RANKS;
     int status = cuda_tile_map(&maps[0], l->x, l->rows, l->k, l->x_stride, ROWS, l->act);
     if (status == KERNEL_OK)
         status = l->transposed
@@ -422,15 +571,16 @@ int reduce(struct kernel_device *device, const struct narrow_layer *l)
                      : cuda_tile_map(&maps[1], l->weight, l->k, l->n, l->n, BOX, l->act);
     maps[2] = maps[0];
     if (status == KERNEL_OK && !l->transposed)
-        status = cuda_tile_map(&maps[2], l->other, l->rows, l->n, l->other_stride, ROWS, l->act);
+        status =
+            cuda_tile_map(&maps[2], l->other, l->rows, l->n, l->other_stride, ROWS / part.splits, l->act);
     if (status == KERNEL_OK)
         status = l->act == TYPE_BF16 ? launch_chunks<__nv_bfloat16>(device, part, maps, p, l->transposed)
                                      : launch_chunks<__half>(device, part, maps, p, l->transposed);
     if (status != KERNEL_OK || l->transposed)
         return status;
     const struct narrow_sum sums[2] = {
-        {p.first_parts, part.blocks, l->k, l->first_scale, l->first_gradient, true},
-        {p.second_parts, part.blocks, l->n, 1.0f, l->second_gradient, false},
+        {p.first_parts, part.first_parts, l->k, l->first_scale, l->first_gradient, true},
+        {p.second_parts, part.second_parts, l->n, 1.0f, l->second_gradient, false},
     };
     return cuda_narrow_add(device, sums, l->rank);
 }
@@ -449,7 +599,9 @@ bool cuda_narrow_can(const struct kernel_device *device, const struct narrow_lay
 
 int64_t cuda_narrow_workspace(int64_t rows, int64_t in, int64_t out)
 {
-    int64_t blocks = divide_up(rows, ROWS / 2); /* widen.cu's tiles are smaller */
+    /* widen.cu's tiles are smaller; and where a cluster shares 128 rows, they have one part of `first` and eight of
+     * `second`, which is far narrower. */
+    int64_t blocks = divide_up(rows, ROWS / 2);
     if (blocks > BLOCKS)
         blocks = BLOCKS;
     return (blocks < 1 ? 1 : blocks) * (in + out) * RANKS * (int64_t)sizeof(float);

@@ -25,7 +25,7 @@ enum {
     COLUMN_BOXES = CONSUMERS,
     STEP_K = 16,
     K_MOST = 256,
-    ROWS_LEAST = 8192, /* of a forward that joint.cu would not do as fast */
+    ROWS_LEAST = 4096, /* of a forward that joint.cu would not do as fast */
     N_SHORT = 1280,
     STAGES_MOST = 8,
     STAGES_LEAST = 2,
@@ -122,8 +122,8 @@ __device__ __forceinline__ void produce(const struct parameters &p, const struct
 template <typename T, bool TRANSPOSED>
 __device__ __forceinline__ void load_factors(const struct parameters &p, const struct shared &shared)
 {
-    load_first<T, TRANSPOSED, CONSUMERS * WARPGROUP>(shared.first, p.first, TRANSPOSED ? 1.0f : p.first_scale,
-                                                     p.k, p.rank);
+    load_first<T, TRANSPOSED, CONSUMERS * WARPGROUP>(shared.first, p.first, p.k,
+                                                     TRANSPOSED ? 1.0f : p.first_scale, p.k, p.rank);
 #pragma unroll
     for (int i = threadIdx.x; i < COLUMNS * STEP_K; i += CONSUMERS * WARPGROUP) {
         int r = TRANSPOSED ? i % STEP_K : i / COLUMNS, within = TRANSPOSED ? i / STEP_K : i % COLUMNS;
