@@ -25,6 +25,8 @@ enum {
                      depend on the device */
     CONSUMERS_MOST = 12, /* warps, beside the one that asks for tiles */
     BOXES_MOST = 3,      /* of a warp with one tile of ranks; 1 with two */
+    BOXES_LEAST = 4,     /* of a block that has company */
+    PART_SHARE = 512,    /* a part's row, written and read, is a 16th of so many numbers read */
     STAGES_MOST = 8,
     RING_BYTES = 200 << 10,
     FRAGMENT = 128, /* numbers of a 16 by 8 result */
@@ -350,18 +352,45 @@ int tiles_of(int64_t rank)
     return rank <= RANKS ? 1 : 2;
 }
 
-/* Blocks side by side cost parts of low_out, blocks one below the other parts of the gradient. */
-struct partition partition_of(int64_t rows, int64_t columns, int tiles)
+int64_t down_of(int64_t across)
+{
+    return BLOCKS / across > 0 ? BLOCKS / across : 1;
+}
+
+/* As few blocks side by side as have room for a row. */
+int64_t least_across(int64_t columns, int tiles)
+{
+    return divide_up(divide_up(columns, BOX), CONSUMERS_MOST * (tiles == 1 ? BOXES_MOST : 1));
+}
+
+/* Rows of parts, of low_out and of the gradient. */
+int64_t parts_of(int64_t rows, int64_t columns, int64_t across, bool project, bool outer)
+{
+    return (project && across > 1 ? across * rows : 0) + (outer ? down_of(across) * columns : 0);
+}
+
+/* Blocks side by side cost parts of low_out, blocks one below the other parts of the gradient. Side by side twice as many as
+ * need be, and again, where that saves a third of the parts and they are not little beside what is read. */
+struct partition partition_of(int64_t rows, int64_t columns, int tiles, bool project, bool outer)
 {
     struct partition p = {};
-    int64_t boxes = divide_up(columns, BOX), most = CONSUMERS_MOST * (tiles == 1 ? BOXES_MOST : 1);
-    p.across = (int)divide_up(boxes, most);
-    int64_t of_block = divide_up(boxes, p.across);
+    int64_t boxes = divide_up(columns, BOX), across = least_across(columns, tiles);
+    for (;;) {
+        int64_t parts = parts_of(rows, columns, across, project, outer);
+        if (boxes < 2 * across * BOXES_LEAST || parts * tiles * PART_SHARE < rows * columns ||
+            parts_of(rows, columns, 2 * across, project, outer) * 3 > parts * 2)
+            break;
+        across *= 2;
+    }
+    int64_t of_block = divide_up(boxes, across);
     p.boxes = (int)divide_up(of_block, CONSUMERS_MOST);
     p.side = (int)divide_up(of_block, p.boxes);
-    int64_t steps = divide_up(rows, STEP), down = BLOCKS / p.across > 0 ? BLOCKS / p.across : 1;
-    int64_t of_down = divide_up(steps, down), groups = CONSUMERS_MOST / p.side;
-    p.groups = (int)(groups < of_down ? groups : of_down);
+    p.across = (int)divide_up(boxes, p.side * p.boxes); /* none without columns */
+    int64_t of_down = divide_up(divide_up(rows, STEP), down_of(across));
+    p.groups = 1;
+    for (int groups = 2; groups <= CONSUMERS_MOST / p.side && groups <= of_down; groups++)
+        if (divide_up(of_down, groups) * groups * 16 <= of_down * 17) /* hardly any rows for nothing */
+            p.groups = groups;
     p.rows = divide_up(of_down, p.groups) * p.groups * STEP;
     p.down = (int)divide_up(rows, p.rows);
     int64_t stages = RING_BYTES / (p.side * p.boxes * p.groups * STEP * ROW_BYTES);
@@ -448,15 +477,15 @@ int64_t cuda_skinny_workspace(int64_t rows, int64_t columns, int64_t rank)
         return 0;
     int tiles = tiles_of(rank);
     int64_t numbers = tiles * RANKS * (int64_t)sizeof(float);
-    int64_t across = partition_of(rows > 0 ? rows : 1, columns, tiles).across;
-    int64_t down = across < BLOCKS ? BLOCKS / across : 1; /* however few the rows are */
-    return round_up(down * columns * numbers) + (across > 1 ? across * rows * numbers : 0);
+    /* partition_of makes that many parts or fewer, of both kinds; one begins where the other ends, rounded up. */
+    int64_t parts = parts_of(rows, columns, least_across(columns, tiles), true, true);
+    return round_up(parts * numbers + 256);
 }
 
 int cuda_skinny(struct kernel_device *device, const struct skinny *s)
 {
     int tiles = tiles_of(s->rank);
-    struct partition part = partition_of(s->rows, s->columns, tiles);
+    struct partition part = partition_of(s->rows, s->columns, tiles, s->weights != NULL, s->gradient != NULL);
     struct parameters p = {};
     p.rows = s->rows, p.columns = s->columns, p.block_rows = part.rows;
     p.rank = (int)s->rank, p.side = part.side, p.groups = part.groups, p.stages = part.stages;
